@@ -1,0 +1,90 @@
+"""Method: the hooks that a compression method may implement.
+
+A method decides how weights are represented and when they change. Adding one costs one file in `compress/`, one line
+in its `__init__.py`, one row in the tests' table and one example.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from edgewright.export.lattice import LatticeTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What a method sees of the other axes at a step: no more than it needs."""
+
+    step: int
+    """Optimizer steps done before this one."""
+    total_steps: int
+    """Optimizer steps of the whole stage."""
+    reset_state: Callable[[torch.nn.Parameter, torch.Tensor | None], None]
+    """Zero the optimizer state of a parameter, where `mask` (same shape, bool) is true, or all of it."""
+    rewarm: Callable[[int], None]
+    """Warm the learning rate up again over that many steps."""
+    dense_gradient: Callable[[torch.nn.Parameter], torch.Tensor | None]
+    """The gradient of this step, before any mask."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodReport:
+    """What a method changed, in numbers. The no-op tripwire refuses a report with `changed == 0`."""
+
+    changed: int
+    """Layers whose weights the method represents."""
+    skipped: tuple[str, ...]
+    """Layers that it left alone on purpose, by name."""
+    numbers: dict[str, float]
+    """Further figures for the log and the report, for instance the density of zeros."""
+
+
+class Method(ABC):
+    """How weights are represented and when they change. All hooks but `prepare` and `describe` are optional.
+
+    Subclasses are final and named by `type`, the value of `type:` in a recipe, which is also their file's name.
+    """
+
+    type: ClassVar[str]
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.type in Method.registry:
+            raise TypeError(f"the method {cls.type!r} is defined twice: was `compress` imported without `edgewright.`?")
+        Method.registry[cls.type] = cls
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Change the model in place into its trainable form, before the optimizer is built."""
+
+    def before_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
+        """Called before the forward of every optimizer step."""
+
+    def after_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
+        """Called after every optimizer step."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """A term added to the loss, or None."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beside the model's own tensors: JSON values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - an optional hook
+        """Restore what `state_dict` gave."""
+
+    @abstractmethod
+    def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
+        """A plain model and the lattice of its quantized weights by state-dict name. Pure: `model` keeps its form."""
+
+    @abstractmethod
+    def describe(self, model: PreTrainedModel) -> MethodReport:
+        """What the method changed in this prepared model."""
