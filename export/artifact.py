@@ -1,0 +1,157 @@
+"""Artifact: an exported file or folder, and the manifest `edgewright.json` that says what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgewright.export.guard import read_json
+
+MANIFEST = "edgewright.json"
+SCHEMA_VERSION = 1
+
+Gate = Literal["passed", "failed", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A tensor that is not stored as asked."""
+
+    tensor: str
+    """Its name in the checkpoint."""
+    quant: str
+    """The type in which it is stored instead."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """An exported file or folder."""
+
+    path: Path
+    to: str
+    """The target, `gguf` or `genai`."""
+    quant: str
+    """The width, by the target's own name for it."""
+    bytes: int
+    """Of the file, or of all files of the folder but the manifest."""
+    fallbacks: list[Fallback] = field(default_factory=list)
+    gate: Gate = "skipped"
+    parity: dict[str, Any] | None = None
+    """What the gate measured; None when it was skipped."""
+
+    def to_json(self) -> dict[str, object]:
+        """The object that `export --json` prints."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "path": str(self.path),
+            "to": self.to,
+            "quant": self.quant,
+            "bytes": self.bytes,
+            "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
+            "gate": self.gate,
+            "parity": self.parity,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a writer made, before the gate saw it."""
+
+    fallbacks: list[Fallback]
+    lattice: dict[str, str]
+    """For each lattice tensor of the source, by checkpoint name: `exact`, or what was lost."""
+    embedding_quant: str
+    """The type of token embedding and head."""
+    versions: dict[str, str]
+    """The packages that wrote it."""
+
+
+def manifest_path(artifact: Path) -> Path:
+    """Where the manifest of an artifact lies: in the folder, or beside the file."""
+    return (artifact if artifact.is_dir() else artifact.parent) / MANIFEST
+
+
+def read_entry(artifact: Path) -> dict[str, Any] | None:
+    """What the manifest says about an artifact; None when there is no manifest or no such entry."""
+    entries = _entries(manifest_path(artifact))
+    return entries.get("." if artifact.is_dir() else artifact.name)
+
+
+def write_entry(artifact: Path, entry: dict[str, Any], *, name: str | None = None) -> None:
+    """Add or replace the entry of an artifact; those of other files in the directory stay.
+
+    Args:
+        artifact: the file or folder.
+        entry: what to say about it.
+        name: the key, where it differs from the artifact's own name.
+    """
+    path = manifest_path(artifact)
+    entries = _entries(path)
+    entries[name or ("." if artifact.is_dir() else artifact.name)] = entry
+    write_json(path, {"schema_version": SCHEMA_VERSION, "artifacts": dict(sorted(entries.items()))})
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    artifacts = read_json(path).get("artifacts")
+    return artifacts if isinstance(artifacts, dict) else {}
+
+
+def size_of(artifact: Path) -> int:
+    """Bytes of a file, or of all files in a folder but the manifest."""
+    return sum(path.stat().st_size for path in _content(artifact))
+
+
+def hash_of(artifact: Path) -> str:
+    """sha256 of a file; of a folder, of the lines `sha256 name` of its files but the manifest."""
+    digests = [(_sha256(path), path.name) for path in _content(artifact)]
+    if artifact.is_file():
+        return digests[0][0]
+    return hashlib.sha256("".join(f"{digest} {name}\n" for digest, name in digests).encode()).hexdigest()
+
+
+def _content(artifact: Path) -> list[Path]:
+    if artifact.is_file():
+        return [artifact]
+    return sorted(path for path in artifact.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically and durably."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""Session: one model file opened in its own runtime, behind one interface.
+
+Evaluate, verify, bench and generate are written once against it; a new runtime is one file in this folder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from edgewright.errors import BadInput
+
+Logits = Literal["all", "last", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a runtime can do with this file."""
+
+    logits: bool
+    """`append` gives logits; else only `native_generate` works."""
+    rewind: bool
+    """The cache can be cut back to an earlier length."""
+    fp32_compute: bool
+    """The runtime neither rounds nor quantizes activations for this file: its logits are those of fp32."""
+
+
+class Session(ABC):
+    """A model with its key-value cache; a context manager. One thread at a time may use it."""
+
+    runtime: str
+    """`torch`, `llamacpp` or `genai`."""
+    path: Path
+    vocab_size: int
+    """Width of the logits."""
+    context_length: int
+    """Tokens that the cache holds."""
+    capabilities: Capabilities
+    start_id: int
+    """The token that starts a text: BOS, or EOS where there is no BOS."""
+    eos_ids: frozenset[int]
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens in the cache."""
+
+    @abstractmethod
+    def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
+        """Run tokens through the model, behind those in the cache.
+
+        Returns:
+            float32 `[len(tokens), vocab]` for "all", `[1, vocab]` for "last", None for "none". The array is the
+            caller's own. Row i is the prediction of the token after `tokens[i]`.
+
+        Raises:
+            BadInput: EW-602 when the cache has no room for them; nothing was appended then.
+        """
+
+    @abstractmethod
+    def rewind(self, length: int) -> None:
+        """Forget all tokens behind the first `length`; 0 empties the cache."""
+
+    @abstractmethod
+    def native_generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        draft: Session | None = None,
+    ) -> list[int]:
+        """Generate with the runtime's own loop, from an empty cache.
+
+        Args:
+            tokens: the prompt, at least one token.
+            max_new_tokens: at most so many tokens are generated.
+            temperature: 0 is greedy.
+            seed: of the sampler; greedy ignores it.
+            stop_at_eos: end before the first end-of-text token, which is not returned.
+            draft: a smaller model for speculative decoding, where the runtime takes one.
+
+        Returns:
+            The new tokens only.
+        """
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of plain text: special tokens in it are not parsed, no BOS is added."""
+
+    @abstractmethod
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special tokens are left out, bytes that are no UTF-8 are replaced."""
+
+    @abstractmethod
+    def memory(self) -> int:
+        """Bytes resident in this process now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the model back; calling it twice is fine."""
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def check_room(self, tokens: Sequence[int]) -> None:
+        """Refuse tokens that the cache has no room for, or that the vocabulary does not have.
+
+        Raises:
+            BadInput: EW-602.
+        """
+        if self.length + len(tokens) > self.context_length:
+            raise BadInput(
+                "EW-602",
+                "the text is longer than the model's context",
+                where=self.path,
+                expected=f"at most {self.context_length} tokens",
+                found=f"{self.length + len(tokens)} tokens",
+                fix="shorten the prompt, or ask for fewer tokens",
+            )
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise BadInput(
+                    "EW-602",
+                    "a token is not in the model's vocabulary",
+                    where=self.path,
+                    expected=f"ids from 0 to {self.vocab_size - 1}",
+                    found=token,
+                    fix="use the tokenizer that belongs to this model",
+                )
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now; the peak where the system tells no current value."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        import os
+
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
