@@ -1,0 +1,305 @@
+"""Speed and memory of model files, measured with llama-bench's protocol and the same loop for every runtime.
+
+Each artifact lives in a process of its own (`bench_worker.py`), so that peak memory is its own. All processes are open
+at once and take turns, round by round (A B C, A B C, ...), so that a machine that slows down slows all of them down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from edgewright._verbs import VerbModule
+from edgewright.errors import BadInput, RecipeError
+from edgewright.inventory import ModelFile, describe_model
+from edgewright.machine import available_cores, describe_machine
+
+WORKER_COMMAND = (sys.executable, "-P", "-m", "edgewright.bench_worker")
+FEWEST_REPEATS_TO_TRUST = 5
+IDLE_SHARE_ALLOWED = 0.02  # processor time of a process that waits, as a share of the time it waits
+SETTLE_SECONDS = 0.02  # lets the threads of the runtime that was measured last go to sleep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRow:
+    """One artifact's numbers: mean over the repeats, `_sd` = sample standard deviation.
+
+    Args:
+        artifact: path, target, width, size, gate.
+        runtime: what opened it: `torch`, `llamacpp`, `genai`.
+        load_ms: opening the file, in milliseconds; includes importing the runtime's library.
+        ttft_ms: time to first token in milliseconds: from handing over the prompt to having chosen the first new token.
+        prompt_tokens_per_s: tokens of the prompt per second while it is processed at once.
+        tokens_per_s: new tokens per second, one at a time, greedy.
+        peak_memory: the most bytes that the artifact's process ever had in memory (VmHWM); the interpreter and the
+            runtime's library are in it.
+        baseline_memory: bytes that process had in memory before it opened anything: subtract it to compare runtimes.
+    """
+
+    artifact: ModelFile
+    runtime: str
+    load_ms: float
+    ttft_ms: float
+    ttft_ms_sd: float
+    prompt_tokens_per_s: float
+    prompt_tokens_per_s_sd: float
+    tokens_per_s: float
+    tokens_per_s_sd: float
+    peak_memory: int
+    baseline_memory: int | None
+
+    def to_json(self) -> dict[str, object]:
+        """The row as `bench --json` and `report --json` show it; quality is not measured here, so it is null."""
+        return {
+            "path": str(self.artifact.path),
+            "to": self.artifact.to,
+            "quant": self.artifact.quant,
+            "bytes": self.artifact.bytes,
+            "bits_per_byte": None,
+            "kl": None,
+            "ttft_ms": self.ttft_ms,
+            "ttft_ms_sd": self.ttft_ms_sd,
+            "prompt_tokens_per_s": self.prompt_tokens_per_s,
+            "prompt_tokens_per_s_sd": self.prompt_tokens_per_s_sd,
+            "tokens_per_s": self.tokens_per_s,
+            "tokens_per_s_sd": self.tokens_per_s_sd,
+            "peak_memory": self.peak_memory,
+            "baseline_memory": self.baseline_memory,
+            "gate": self.artifact.gate,
+            "load_ms": self.load_ms,
+            "runtime": self.runtime,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """Result of `bench`: rows in the order in which the artifacts were given."""
+
+    command: str
+    machine: dict[str, object]
+    threads: int
+    prompt: int
+    generate: int
+    repeats: int
+    artifacts: tuple[BenchRow, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema_version": 1,
+            "command": self.command,
+            "machine": self.machine,
+            "threads": self.threads,
+            "prompt": self.prompt,
+            "generate": self.generate,
+            "repeats": self.repeats,
+            "artifacts": [row.to_json() for row in self.artifacts],
+            "warnings": list(self.warnings),
+        }
+
+
+def bench(
+    *artifacts: str | Path, prompt: int = 128, generate: int = 64, repeats: int = 5, threads: int | None = None
+) -> BenchReport:
+    """Measure speed and memory of model files and folders, all of them interleaved.
+
+    One unmeasured round to warm up, then `repeats` rounds. A round processes `prompt` random tokens at once and then,
+    from an empty cache, `generate` tokens one by one (greedy). The last logits' way into numpy and the argmax are in
+    the numbers; tokenization is not. All artifacts are open at the same time: together they must fit into memory.
+
+    Args:
+        artifacts: GGUF files, GenAI folders, Hugging Face directories.
+        prompt: tokens of the prompt test.
+        generate: tokens of the generation test.
+        repeats: measured rounds; below 5 the report carries a warning.
+        threads: threads of every runtime; None = all cores that this process may use.
+
+    Raises:
+        RecipeError: EW-190 when there is nothing to measure or a number is not positive.
+        BadInput: EW-390 / EW-391 for what is no model, EW-610 when an artifact's process dies, EW-611 when a test is
+            longer than a model's context, and whatever opening it raises.
+    """
+    if not artifacts:
+        raise RecipeError("EW-190", "there is nothing to measure", expected="at least one file or directory")
+    threads = available_cores() if threads is None else threads
+    _check_positive({"prompt": prompt, "generate": generate, "repeats": repeats, "threads": threads})
+    files = [describe_model(path) for path in artifacts]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(file, threads=threads)) for file in files]
+        for worker in workers:
+            worker.open(prompt=prompt, generate=generate, threads=threads)
+        for worker in workers:
+            worker.round()
+        for worker in workers:
+            worker.forget()
+        for _ in range(repeats):
+            for worker in workers:
+                time.sleep(SETTLE_SECONDS)
+                worker.round()
+        rows = tuple(worker.row(prompt=prompt, generate=generate) for worker in workers)
+        warnings = [warning for worker in workers for warning in worker.warnings()]
+    if repeats < FEWEST_REPEATS_TO_TRUST:
+        warnings.append(f"Only {repeats} repeats: below {FEWEST_REPEATS_TO_TRUST} the spread says little.")
+    return BenchReport(
+        command=_command(files, prompt=prompt, generate=generate, repeats=repeats, threads=threads),
+        machine=describe_machine(threads=threads),
+        threads=threads,
+        prompt=prompt,
+        generate=generate,
+        repeats=repeats,
+        artifacts=rows,
+        warnings=tuple(warnings),
+    )
+
+
+class Worker:
+    """The parent's end of one artifact's process. A context manager: leaving it ends the process."""
+
+    def __init__(self, file: ModelFile, *, threads: int) -> None:
+        self.file = file
+        self.rounds: list[dict[str, float]] = []
+        self.opened: dict[str, object] = {}
+        self._waited = 0.0
+        self._burned = 0.0
+        self._last_reply = time.monotonic()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
+        self._process = subprocess.Popen(
+            WORKER_COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+            text=True,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def open(self, *, prompt: int, generate: int, threads: int) -> None:
+        """Let the process open its artifact."""
+        path = str(self.file.path.absolute())
+        self.opened = self._ask(
+            {"do": "open", "path": path, "threads": threads, "prompt": prompt, "generate": generate}
+        )
+
+    def round(self) -> None:
+        """Run both tests once and keep the times."""
+        reply = self._ask({"do": "round"})
+        self.rounds.append({name: float(str(value)) for name, value in reply.items()})
+
+    def forget(self) -> None:
+        """Drop what was measured so far: it was the warm-up."""
+        self.rounds.clear()
+        self._waited = self._burned = 0.0
+
+    def row(self, *, prompt: int, generate: int) -> BenchRow:
+        """Mean and sample standard deviation over the rounds kept."""
+        ttft, ttft_sd = _mean_sd([1000 * times["first"] for times in self.rounds])
+        prompt_rate, prompt_sd = _mean_sd([prompt / times["prompt"] for times in self.rounds])
+        rate, rate_sd = _mean_sd([generate / times["generate"] for times in self.rounds])
+        baseline = self.opened["baseline_memory"]
+        return BenchRow(
+            artifact=self.file,
+            runtime=str(self.opened["runtime"]),
+            load_ms=1000 * float(str(self.opened["load"])),
+            ttft_ms=ttft,
+            ttft_ms_sd=ttft_sd,
+            prompt_tokens_per_s=prompt_rate,
+            prompt_tokens_per_s_sd=prompt_sd,
+            tokens_per_s=rate,
+            tokens_per_s_sd=rate_sd,
+            peak_memory=int(max(times["peak_memory"] for times in self.rounds)),
+            baseline_memory=None if baseline is None else int(str(baseline)),
+        )
+
+    def warnings(self) -> list[str]:
+        """Says so when this process worked while the others were measured."""
+        if self._burned <= IDLE_SHARE_ALLOWED * self._waited:
+            return []
+        share = self._burned / self._waited
+        return [
+            f"{self.file.path} used {share:.0%} of a core while the others were measured: they are faster than shown."
+        ]
+
+    def _ask(self, request: dict[str, object]) -> dict[str, object]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        waited = time.monotonic() - self._last_reply
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise self._died()
+        reply: dict[str, object] = json.loads(line)
+        if "error" in reply:
+            raise self._user_error(reply["error"])
+        self._waited += waited
+        self._burned += float(str(reply.pop("idle_cpu")))
+        self._last_reply = time.monotonic()
+        return reply
+
+    def _user_error(self, error: object) -> BadInput:
+        """The worker's error as one of this process, with the artifact as the place."""
+        assert isinstance(error, dict)
+        return BadInput(
+            error["code"],
+            error["what"],
+            where=self.file.path,
+            expected=error["expected"],
+            found=error["found"],
+            fix=error["fix"],
+        )
+
+    def _died(self) -> BadInput:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        said = self._stderr.read().decode("utf-8", errors="replace").strip().splitlines()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return BadInput(
+            "EW-610",
+            "the process that measured this artifact died",
+            where=self.file.path,
+            found=f"{how}; it last said: {' | '.join(said[-3:]) or 'nothing'}",
+            fix=f"try it alone: edgewright generate {self.file.path}",
+        )
+
+
+def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _check_positive(numbers: Mapping[str, int]) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise RecipeError("EW-190", f"{name} must be positive", expected="at least 1", found=value)
+
+
+def _command(files: Sequence[ModelFile], *, prompt: int, generate: int, repeats: int, threads: int) -> str:
+    paths = " ".join(str(file.path) for file in files)
+    return f"edgewright bench {paths} --prompt {prompt} --generate {generate} --repeats {repeats} --threads {threads}"
+
+
+sys.modules[__name__].__class__ = VerbModule

@@ -1,0 +1,130 @@
+"""What is known about a model file or folder without opening it: target, width, size, result of its gate."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgewright.errors import BadInput
+
+MANIFEST = "edgewright.json"
+LATTICE_SIDECAR = "lattice.safetensors"
+WIDTH_OF_DTYPE = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFile:
+    """One artifact or Hugging Face directory, as a table shows it.
+
+    Args:
+        path: as it was given.
+        to: `gguf`, `genai`, `onnx`, ..., `hf` for a Hugging Face directory.
+        quant: width by the target's own name; None for a file that has no manifest.
+        bytes: size; of a Hugging Face directory the size of its weights.
+        gate: `passed`, `failed`, `skipped`; None where there is no manifest.
+    """
+
+    path: Path
+    to: str
+    quant: str | None
+    bytes: int
+    gate: str | None
+
+
+def describe_model(path: str | Path) -> ModelFile:
+    """Describe a GGUF file, a folder that an export wrote, or a Hugging Face directory.
+
+    Raises:
+        BadInput: EW-390 for nothing or something unknown, EW-391 for a broken manifest, EW-31x for damaged weights.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BadInput("EW-390", "there is no such file or directory", where=path)
+    file = _single_gguf(path)
+    if file is not None:
+        return _from_manifest(path, file.parent, file.name) or _plain(path, "gguf", file.stat().st_size)
+    described = _from_manifest(path, path, ".") if path.is_dir() else None
+    if described is not None:
+        return described
+    if (path / "genai_config.json").is_file():
+        return _plain(path, "genai", sum(each.stat().st_size for each in path.rglob("*") if each.is_file()))
+    weights = sorted(each for each in path.glob("*.safetensors") if each.name != LATTICE_SIDECAR)
+    if (path / "config.json").is_file() and weights:
+        size = sum(each.stat().st_size for each in weights)
+        return ModelFile(path=path, to="hf", quant=_main_dtype(weights), bytes=size, gate=None)
+    raise BadInput(
+        "EW-390",
+        "this is no model that can be opened",
+        where=path,
+        expected="a .gguf file, a folder with genai_config.json, or a Hugging Face directory with safetensors",
+    )
+
+
+def read_manifest(directory: Path) -> dict[str, dict]:
+    """Entries of `edgewright.json` in `directory`, by file name ("." = the folder itself); empty without one.
+
+    Raises:
+        BadInput: EW-391 when the manifest cannot be read.
+    """
+    manifest = directory / MANIFEST
+    if not manifest.is_file():
+        return {}
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))["artifacts"]
+        return {name: dict(entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            "EW-391",
+            "the manifest of the artifact cannot be read",
+            where=manifest,
+            expected='a JSON object with "artifacts"',
+            found=f"{type(error).__name__}: {error}",
+            fix="export the model again",
+        ) from None
+
+
+def _single_gguf(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only one that the folder `path` holds."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = sorted(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
+def _from_manifest(path: Path, directory: Path, name: str) -> ModelFile | None:
+    entry = read_manifest(directory).get(name)
+    if entry is None:
+        return None
+    try:
+        return ModelFile(path=path, to=entry["to"], quant=entry["quant"], bytes=entry["bytes"], gate=entry["gate"])
+    except KeyError as error:
+        raise BadInput(
+            "EW-391",
+            f"the manifest says nothing about {error} of {name!r}",
+            where=directory / MANIFEST,
+            fix="export the model again",
+        ) from None
+
+
+def _plain(path: Path, to: str, size: int) -> ModelFile:
+    return ModelFile(path=path, to=to, quant=None, bytes=size, gate=None)
+
+
+def _main_dtype(weights: list[Path]) -> str:
+    """The width that most bytes of the safetensors files are stored in."""
+    from edgewright.export.guard import check_safetensors
+
+    stored: Counter[str] = Counter()
+    for file in weights:
+        check_safetensors(file)
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            begin, end = tensor["data_offsets"]
+            stored[tensor["dtype"]] += end - begin
+    dtype = max(stored, key=lambda each: stored[each]) if stored else "F32"
+    return WIDTH_OF_DTYPE.get(dtype, dtype.lower())
