@@ -1,0 +1,34 @@
+"""Corpus to batches: sources, tokenizers, packed shards, and the order of training."""
+
+from typing import Annotated
+
+from edgewright.data.batches import IGNORED, Batch, Batches
+from edgewright.data.documents import iterate_documents
+from edgewright.data.files import FilesData
+from edgewright.data.hf import HfData
+from edgewright.data.prepare import Corpus, prepare_data
+from edgewright.data.shards import TokenStream
+from edgewright.data.stdlib import StdlibData
+from edgewright.data.text import Counts
+from edgewright.data.tokenizer import PretrainedTokenizer, TrainTokenizer
+from pydantic import Field
+
+DataConfig = Annotated[StdlibData | FilesData | HfData, Field(discriminator="type")]
+"""The `data:` section of a recipe; `type` chooses the source."""
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Batches",
+    "Corpus",
+    "Counts",
+    "DataConfig",
+    "FilesData",
+    "HfData",
+    "PretrainedTokenizer",
+    "StdlibData",
+    "TokenStream",
+    "TrainTokenizer",
+    "iterate_documents",
+    "prepare_data",
+]

@@ -1,0 +1,104 @@
+"""Packed sequences: fixed-length rows of the token stream with positions that restart at documents.
+
+Rows overlap by one token: row i is `tokens[i * S : i * S + S + 1]`, its inputs are all but the last and its labels all
+but the first, so every token but the very first is predicted exactly once in an epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from edgewright.data.order import EndlessOrder
+from edgewright.data.shards import TokenStream
+
+IGNORED = -100
+"""A label that is not counted, as everywhere in PyTorch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`B` sequences of `S` tokens."""
+
+    input_ids: np.ndarray
+    """int64 [B, S]"""
+    labels: np.ndarray
+    """int64 [B, S]: the token that follows each input, -100 where it is not to be predicted."""
+    position_ids: np.ndarray
+    """int64 [B, S]: position inside the document (inside the row when documents are not kept apart)."""
+    document_ids: np.ndarray
+    """int32 [B, S]: number of the document inside the row, from 0."""
+    has_borders: bool
+    """Whether any row holds more than one document; if not, plain causal attention is right."""
+    valid_tokens: int
+    """Labels that count."""
+    indices: list[int]
+    """Which sequences of the stream these are."""
+
+
+class Batches:
+    """The sequences of a stream in an endless seeded order.
+
+    Args:
+        stream: the packed tokens.
+        sequence_length: `S`.
+        seed: of the order.
+        restart_at_documents: whether attention and positions start anew at each document.
+        start_id: token that starts a document.
+        eos_id: token that ends one; the same as `start_id` where one token does both.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        sequence_length: int,
+        seed: int,
+        restart_at_documents: bool = True,
+        start_id: int,
+        eos_id: int,
+    ) -> None:
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.restart_at_documents = restart_at_documents
+        self.start_id = start_id
+        self.eos_id = eos_id
+        self._order = EndlessOrder(sequences(len(stream), sequence_length), seed)
+
+    def __len__(self) -> int:
+        """Sequences of one epoch."""
+        return self._order.count
+
+    def batch(self, position: int, size: int) -> Batch:
+        """The `size` sequences from `position` of the endless order on; it may run across the end of an epoch."""
+        return self.rows(self._order.at(position, size).tolist())
+
+    def rows(self, indices: list[int]) -> Batch:
+        """The sequences with these numbers, in this order."""
+        length = self.sequence_length
+        tokens = self.stream.tokens
+        rows = np.stack([tokens[index * length : index * length + length + 1] for index in indices]).astype(np.int64)
+        inputs, labels = rows[:, :-1].copy(), rows[:, 1:].copy()
+        if self.start_id != self.eos_id:
+            labels[labels == self.start_id] = IGNORED  # what document comes next is chance
+        starts = inputs == self.start_id
+        if not self.restart_at_documents:
+            starts[:] = False
+        starts[:, 0] = True
+        columns = np.arange(length)
+        document_ids = np.cumsum(starts, axis=1, dtype=np.int32) - 1
+        position_ids = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+        return Batch(
+            input_ids=inputs,
+            labels=labels,
+            position_ids=position_ids.astype(np.int64),
+            document_ids=document_ids.astype(np.int32),
+            has_borders=bool(document_ids[:, -1].any()),
+            valid_tokens=int(np.count_nonzero(labels != IGNORED)),
+            indices=indices,
+        )
+
+
+def sequences(tokens: int, sequence_length: int) -> int:
+    """How many sequences a stream of `tokens` gives."""
+    return max((tokens - 1) // sequence_length, 0)

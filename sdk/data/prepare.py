@@ -1,0 +1,265 @@
+"""From a corpus to packed tokens on disk: read, screen, train the tokenizer, encode, pack; once, and then reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from edgewright.data.batches import sequences
+from edgewright.data.shards import (
+    FORMAT,
+    INDEX,
+    StreamWriter,
+    TokenStream,
+    open_stream,
+    read_index,
+    sha256,
+    sync_directory,
+    write_index,
+)
+from edgewright.data.source import Source
+from edgewright.data.text import Counts, Document, is_held_out, screen
+from edgewright.data.tokenizer import (
+    COPIED,
+    Encoder,
+    PretrainedTokenizer,
+    TrainTokenizer,
+    copy_tokenizer,
+    load_encoder,
+    train_tokenizer,
+)
+from edgewright.errors import BadInput
+
+Say = Callable[[str], None]
+TRAIN, HELD_OUT = "train", "held_out"
+_BATCH_PIECES = 64
+"""Pieces encoded together: enough for every core, and at most 2 million characters."""
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A prepared corpus."""
+
+    directory: Path
+    tokenizer_dir: Path
+    """Hugging Face files of the tokenizer."""
+    vocab_size: int
+    start_id: int
+    eos_id: int
+    train: TokenStream
+    held_out: TokenStream
+    fingerprint: str
+    """Changes with the sources, the settings and the tokenizer."""
+    report: dict[str, Any]
+    """What was read, kept and dropped: JSON."""
+
+
+def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
+    """Tokenize a corpus into `directory`, or reuse what is there when nothing has changed.
+
+    Interrupted or damaged preparations are done again. The same corpus and settings give the same bytes.
+
+    Args:
+        config: the `data:` section of a recipe.
+        directory: made if need be; it belongs to this function.
+        say: receives lines of progress.
+
+    Raises:
+        BadInput: EW-2xx when the corpus, a file of it or the tokenizer cannot be used.
+    """
+    fingerprint = _fingerprint(config)
+    index = read_index(directory, fingerprint)
+    if isinstance(index, str):
+        say(f"preparing the corpus: {index}")
+        index = _build(config, directory, fingerprint, say)
+    else:
+        say(f"corpus ready: {index['report']['tokens']:,} tokens, nothing to do")
+    corpus = _open(directory, index)
+    _check_length(corpus, config)
+    return corpus
+
+
+def _fingerprint(config: Source) -> str:
+    """Hash of all that decides the bytes on disk, without reading the text."""
+    settings = config.model_dump(mode="json", exclude={"sequence_length", "restart_at_documents", "files", "path"})
+    if isinstance(config.tokenizer, PretrainedTokenizer):
+        files = [config.tokenizer.path / name for name in (*COPIED, "generation_config.json", "config.json")]
+        settings["tokenizer"] = [[file.name, sha256(file)] for file in files if file.is_file()]
+    parts = [FORMAT, settings, config.fingerprint()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[str, Any]:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / INDEX).unlink(missing_ok=True)  # from here on the old files are not to be trusted
+    encoder = _tokenizer(config, directory, say)
+    writers = {
+        split: StreamWriter(
+            directory / f"{split}.bin", dtype=encoder.dtype, start_id=encoder.start_id, eos_id=encoder.eos_id
+        )
+        for split in (TRAIN, HELD_OUT)
+    }
+    counts = Counts()
+    try:
+        _encode(_documents(config, counts, directory), config, encoder, writers, say)
+        _check_documents(config, counts, writers)
+        splits = {split: writer.close() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abort()
+    tokenizer_files = {
+        f"tokenizer/{name}": {"file": f"tokenizer/{name}", "sha256": sha256(directory / "tokenizer" / name)}
+        for name in COPIED
+        if (directory / "tokenizer" / name).is_file()
+    }
+    sync_directory(directory)
+    index = {
+        "fingerprint": fingerprint,
+        "vocab_size": encoder.vocab_size,
+        "start_id": encoder.start_id,
+        "eos_id": encoder.eos_id,
+        "files": {**splits, **tokenizer_files},
+        "report": _report(counts, splits, encoder),
+    }
+    write_index(directory, index)
+    say(_summary(index["report"], counts))
+    return index
+
+
+def _tokenizer(config: Source, directory: Path, say: Say) -> Encoder:
+    """Train or copy the tokenizer into `directory/tokenizer`."""
+    target = directory / "tokenizer"
+    for name in COPIED:
+        (target / name).unlink(missing_ok=True)
+    wanted = config.tokenizer
+    if isinstance(wanted, PretrainedTokenizer):
+        load_encoder(wanted.path)  # refuse it before anything is copied
+        copy_tokenizer(wanted.path, target)
+        return load_encoder(target)
+    say(f"training a byte-level BPE tokenizer of {wanted.vocab_size:,} tokens")
+    _train(wanted, config, directory, target)
+    encoder = load_encoder(target)
+    if encoder.vocab_size < wanted.vocab_size:
+        say(f"the corpus gave only {encoder.vocab_size:,} tokens of the {wanted.vocab_size:,} wanted")
+    return encoder
+
+
+def _train(wanted: TrainTokenizer, config: Source, directory: Path, target: Path) -> None:
+    documents = _documents(config, Counts(), directory)
+    train_tokenizer(
+        (text for document in documents if not is_held_out(document.id, config.held_out) for text in document.texts),
+        wanted,
+        target,
+    )
+
+
+def _documents(config: Source, counts: Counts, scratch: Path | None) -> Iterator[Document]:
+    return screen(config.documents(), policy=config.on_bad_text, counts=counts, scratch=scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    text: str
+    split: str
+    document_bytes: int | None
+    """Of the whole document, on its first piece; None on the others."""
+
+
+def _cut(documents: Iterable[Document], config: Source, encoder: Encoder) -> Iterator[_Piece]:
+    for document in documents:
+        split = HELD_OUT if is_held_out(document.id, config.held_out) else TRAIN
+        for number, text in enumerate(encoder.cut(document.texts)):
+            yield _Piece(text, split, None if number else document.bytes)
+
+
+def _encode(
+    documents: Iterable[Document], config: Source, encoder: Encoder, writers: dict[str, StreamWriter], say: Say
+) -> None:
+    stream = _cut(documents, config, encoder)
+    spoken = time.monotonic()
+    while batch := list(islice(stream, _BATCH_PIECES)):
+        for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
+            writer = writers[piece.split]
+            if piece.document_bytes is not None:
+                writer.begin(piece.document_bytes)
+            writer.add(ids)
+        if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
+            spoken = time.monotonic()
+            say(f"tokenized {sum(writer.bytes for writer in writers.values()) / 1e6:,.0f} MB")
+
+
+def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWriter]) -> None:
+    if not counts.documents:
+        raise BadInput(
+            "EW-210",
+            "the corpus is empty",
+            expected="at least a few documents with text",
+            found=counts.summary(),
+            fix="check data.files and data.on_bad_text",
+        )
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise BadInput(
+                "EW-211",
+                f"no document fell into the {'held-out' if split == HELD_OUT else 'training'} split",
+                where="data.held_out",
+                expected="documents in both splits",
+                found=f"{counts.summary()}; data.held_out is {config.held_out:g}",
+                fix="change data.held_out (0.2, say), give more documents, or set data.separator to what stands between "
+                "the documents of your .txt file, for instance a blank line",
+            )
+
+
+def _check_length(corpus: Corpus, config: Source) -> None:
+    for split, stream in ((TRAIN, corpus.train), (HELD_OUT, corpus.held_out)):
+        if not sequences(len(stream), config.sequence_length):
+            raise BadInput(
+                "EW-212",
+                f"the {'held-out' if split == HELD_OUT else 'training'} split is shorter than one sequence",
+                where="data.sequence_length",
+                expected=f"more than {config.sequence_length:,} tokens",
+                found=f"{len(stream):,} tokens in {stream.documents:,} documents",
+                fix="give more text, or lower data.sequence_length"
+                + (", or raise data.held_out" if split == HELD_OUT else ""),
+            )
+
+
+def _report(counts: Counts, splits: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, Any]:
+    tokens = sum(entry["tokens"] for entry in splits.values())
+    return {
+        **counts.to_json(),
+        "tokens": tokens,
+        "bytes_per_token": counts.bytes / tokens,
+        "vocab_size": encoder.vocab_size,
+        "splits": {
+            split: {name: entry[name] for name in ("documents", "bytes", "tokens")} for split, entry in splits.items()
+        },
+    }
+
+
+def _summary(report: dict[str, Any], counts: Counts) -> str:
+    return (
+        f"corpus ready: {counts.summary()}; {report['bytes'] / 1e6:,.1f} MB, {report['tokens']:,} tokens, "
+        f"{report['bytes_per_token']:.2f} bytes each"
+    )
+
+
+def _open(directory: Path, index: dict[str, Any]) -> Corpus:
+    return Corpus(
+        directory=directory,
+        tokenizer_dir=directory / "tokenizer",
+        vocab_size=index["vocab_size"],
+        start_id=index["start_id"],
+        eos_id=index["eos_id"],
+        train=open_stream(directory, index["files"][TRAIN]),
+        held_out=open_stream(directory, index["files"][HELD_OUT]),
+        fingerprint=index["fingerprint"],
+        report=index["report"],
+    )

@@ -1,0 +1,239 @@
+"""Files to documents: compression, decoding and the formats, a chunk at a time."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, groupby
+from pathlib import Path
+from typing import IO
+
+from edgewright.data.text import CHUNK_BYTES, RawDocument
+from edgewright.errors import BadInput
+
+LINE_BYTES = 1 << 26
+"""A line of JSON is parsed whole, so it may not be longer than this."""
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"%PDF", b"PK\x03\x04", b"\x7fELF", b"\x1f\x8b", b"\xfd7zXZ", b"GGUF",
+          b"\x28\xb5\x2f\xfd", b"SQLite format 3\0", b"BZh", b"\xca\xfe\xba\xbe", b"PAR1")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """How a text file is taken apart."""
+
+    text_key: str = "text"
+    """Key of the text in a line of JSON."""
+    separator: str = "<|endoftext|>"
+    """What stands between two documents of a .txt file."""
+
+
+def read_file(path: Path, document_id: str, form: TextFormat) -> Iterator[RawDocument]:
+    """The documents of one file, by its suffix.
+
+    Raises:
+        BadInput: EW-204 for a suffix that is not known, EW-205 for a damaged compressed file, EW-206 when the file
+            cannot be read.
+    """
+    suffixes = path.suffixes
+    opener = _OPENERS.get(suffixes[-1].lower() if suffixes else "", _plain)
+    if opener is not _plain:
+        suffixes = suffixes[:-1]
+    suffix = suffixes[-1].lower() if suffixes else ""
+    if suffix not in READERS:
+        raise BadInput(
+            "EW-204",
+            "this kind of file cannot be read",
+            where=path,
+            expected=f"one of {' '.join(sorted(READERS))}, each also with {' '.join(sorted(_OPENERS))}",
+            found=suffix or "a name without suffix",
+            fix="rename or convert the file, or narrow data.files so that it is left out",
+        )
+    chunks = _guarded(path, opener)
+    head = next(chunks, b"")
+    if _looks_binary(head):
+        return iter([RawDocument(document_id, str(path), 1, (), fault="a binary file, not text")])
+    return READERS[suffix](chain((head,), chunks), path, document_id, form)
+
+
+def _looks_binary(head: bytes) -> bool:
+    """True for well-known binary formats, and where more than a tenth of the first bytes is no text."""
+    if head.startswith(_MAGIC):
+        return True
+    sample = head[: 1 << 16]
+    text = sample.decode("utf-8", "surrogateescape")
+    if text.isascii() and "\0" not in text:
+        return False
+    return sum(character == "\0" or "\udc80" <= character <= "\udcff" for character in text) > len(text) / 10
+
+
+# --- bytes ---
+
+
+def _plain(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _gz(file: IO[bytes]) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=file) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _xz(file: IO[bytes]) -> Iterator[bytes]:
+    with lzma.LZMAFile(file) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _zst(file: IO[bytes]) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise BadInput(
+            "EW-207", "reading .zst files needs the package zstandard", fix="pip install 'edgewright[data]'"
+        ) from error
+    frame = None
+    try:
+        # Small bites: one block of a few bytes may hold 128 KiB of text.
+        while bite := file.read(1 << 10):
+            while bite:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                if chunk := frame.decompress(bite):
+                    yield chunk
+                bite = b""
+                if frame.eof:
+                    bite, frame = frame.unused_data, None
+    except zstandard.ZstdError as error:
+        raise EOFError(str(error)) from error
+    if frame is not None:
+        raise EOFError("the file ends inside a frame")
+
+
+_OPENERS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {".gz": _gz, ".xz": _xz, ".zst": _zst}
+
+
+def _guarded(path: Path, opener: Callable[[IO[bytes]], Iterator[bytes]]) -> Iterator[bytes]:
+    """The bytes of a file, with damage and refusals turned into messages that name it."""
+    try:
+        with path.open("rb") as file:
+            yield from opener(file)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise BadInput(
+            "EW-205",
+            "the compressed file is damaged or was cut off",
+            where=path,
+            found=str(error),
+            fix="fetch or compress it again, or leave it out of data.files",
+        ) from error
+    except OSError as error:
+        raise BadInput(
+            "EW-206",
+            "the file cannot be read",
+            where=path,
+            found=error.strerror,
+            fix="check its permissions and the disk",
+        ) from error
+
+
+# --- text ---
+
+
+def _decoded(chunks: Iterator[bytes]) -> Iterator[str]:
+    """UTF-8 to text; a byte that is no UTF-8 becomes a lone surrogate, a byte order mark at the start goes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    head = True
+    for chunk in chunks:
+        text = decoder.decode(chunk)
+        if head and text:
+            text, head = text.removeprefix("\ufeff"), False
+        yield text
+    yield decoder.decode(b"", final=True)
+
+
+def _read_whole(chunks: Iterator[bytes], path: Path, document_id: str, form: TextFormat) -> Iterator[RawDocument]:
+    """The file is one document."""
+    yield RawDocument(document_id, str(path), 1, (text for text in _decoded(chunks) if text))
+
+
+def _read_txt(chunks: Iterator[bytes], path: Path, document_id: str, form: TextFormat) -> Iterator[RawDocument]:
+    """The file is one document, or several with the separator between them."""
+    parts = _split(_decoded(chunks), form.separator)
+    for (index, line), group in groupby(parts, key=lambda part: part[:2]):
+        name = document_id if index == 0 else f"{document_id}#{index}"
+        yield RawDocument(name, str(path), line, (text for _, _, text in group))
+
+
+def _split(texts: Iterator[str], separator: str) -> Iterator[tuple[int, int, str]]:
+    """Yield `(number of the document, line where it starts, text)`; a line break on either side of a separator goes."""
+    index, line, rest = 0, 1, ""
+    start, fresh = 1, False
+    for text in chain(texts, (separator,)):  # the end of the file ends a document as well
+        *complete, rest = (rest + text).split(separator)
+        for part in complete:
+            yield index, start, (part.removeprefix("\n") if fresh else part).removesuffix("\n")
+            line += part.count("\n") + separator.count("\n")
+            index, start, fresh = index + 1, line, True
+        if len(rest) > 2 * len(separator):  # keep what may be the beginning of a separator
+            ready, rest = rest[: -len(separator)], rest[-len(separator) :]
+            yield index, start, ready.removeprefix("\n") if fresh else ready
+            line += ready.count("\n")
+            fresh = False
+
+
+def _read_jsonl(chunks: Iterator[bytes], path: Path, document_id: str, form: TextFormat) -> Iterator[RawDocument]:
+    """One document for each line: an object with the text under `text_key`. Blank lines are no documents."""
+    for number, line in _lines(chunks, path):
+        if not line.strip():
+            continue
+        text, fault = _parse(line, form.text_key)
+        yield RawDocument(f"{document_id}:{number}", str(path), number, (text,), fault=fault)
+
+
+def _parse(line: bytes, text_key: str) -> tuple[str, str | None]:
+    """The text of a line of JSON, or why there is none."""
+    try:
+        record = json.loads(line.decode("utf-8", "surrogateescape"))
+    except json.JSONDecodeError as error:
+        return "", f"no JSON: {error.msg} at column {error.colno}"
+    except RecursionError:
+        return "", "JSON that is nested too deeply"
+    if not isinstance(record, dict):
+        return "", f"JSON, but not an object: {type(record).__name__}"
+    if text_key not in record:
+        return "", f"no key {text_key!r} (data.text_key); the keys are {', '.join(map(str, record)) or 'none'}"
+    text = record[text_key]
+    if not isinstance(text, str):
+        return "", f"{text_key!r} is no text but {type(text).__name__}"
+    return text, None
+
+
+def _lines(chunks: Iterator[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    number, rest = 1, b""
+    for chunk in chunks:
+        *complete, rest = (rest + chunk).split(b"\n")
+        for line in complete:
+            yield number, line
+            number += 1
+        if len(rest) > LINE_BYTES:
+            raise BadInput(
+                "EW-208",
+                "a line of JSON is too long to be parsed",
+                where=f"{path}:{number}",
+                expected=f"at most {LINE_BYTES >> 20} MiB for each line",
+                fix="is this JSON Lines, one object a line? Put very long documents into .txt files",
+            )
+    yield number, rest
+
+
+READERS: dict[str, Callable[[Iterator[bytes], Path, str, TextFormat], Iterator[RawDocument]]] = {
+    ".txt": _read_txt,
+    ".md": _read_whole,
+    ".py": _read_whole,
+    ".jsonl": _read_jsonl,
+}

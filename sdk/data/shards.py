@@ -1,0 +1,147 @@
+"""Packed tokens on disk: one memory-mapped file for each split, and an index that is written last.
+
+`index.json` names every file with its size and SHA-256 and carries the fingerprint of what it was made from. A build
+that was interrupted has no index, so it is built again; a file that was damaged no longer fits its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INDEX = "index.json"
+FORMAT = 1
+"""Raised when the layout of the files changes; older ones are then built again."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    """The tokens of one split, documents one after another.
+
+    Where one token both starts and ends documents the layout is `EOS doc EOS doc ... EOS`, else `BOS doc EOS BOS doc EOS`.
+    """
+
+    tokens: np.ndarray
+    """Memory-mapped, uint16 or uint32 [tokens]."""
+    documents: int
+    """How many there are."""
+    bytes: int
+    """Their length in UTF-8."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class StreamWriter:
+    """Writes one split, a piece of a document at a time.
+
+    Args:
+        path: the file, complete only after `close`.
+        dtype: of the tokens.
+        start_id: token that starts a document.
+        eos_id: token that ends it.
+    """
+
+    def __init__(self, path: Path, *, dtype: type[np.generic], start_id: int, eos_id: int) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.documents = self.bytes = self.tokens = 0
+        self._start = np.array([start_id], dtype=dtype)
+        self._end = np.array([eos_id], dtype=dtype)
+        self._between = self._start if start_id == eos_id else np.concatenate([self._end, self._start])
+        self._hash = hashlib.sha256()
+        self._file = path.open("wb")
+
+    def begin(self, size: int) -> None:
+        """Start a document of `size` bytes."""
+        self._write(self._between if self.documents else self._start)
+        self.documents += 1
+        self.bytes += size
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append tokens to the document that was begun last."""
+        self._write(ids)
+
+    def close(self) -> dict[str, Any]:
+        """End the last document, bring the file to disk and return its entry for the index."""
+        if self.documents:
+            self._write(self._end)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {
+            "file": self.path.name,
+            "dtype": np.dtype(self.dtype).name,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "sha256": self._hash.hexdigest(),
+        }
+
+    def abort(self) -> None:
+        """Close the file without finishing it."""
+        self._file.close()
+
+    def _write(self, ids: np.ndarray) -> None:
+        data = ids.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).tobytes()
+        self._hash.update(data)
+        self._file.write(data)
+        self.tokens += len(ids)
+
+
+def open_stream(directory: Path, entry: dict[str, Any]) -> TokenStream:
+    """Map the file of an index entry."""
+    dtype = np.dtype(entry["dtype"]).newbyteorder("<")
+    path = directory / entry["file"]
+    tokens = np.memmap(path, dtype=dtype, mode="r") if entry["tokens"] else np.zeros(0, dtype)
+    return TokenStream(tokens=tokens, documents=entry["documents"], bytes=entry["bytes"])
+
+
+def write_index(directory: Path, index: dict[str, Any]) -> None:
+    """Write the index so that it is there whole or not at all."""
+    temporary = directory / f"{INDEX}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **index}, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, directory / INDEX)
+    sync_directory(directory)
+
+
+def read_index(directory: Path, fingerprint: str) -> dict[str, Any] | str:
+    """The index when everything it names is there, undamaged, and made from `fingerprint`; else the reason why not."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "not prepared yet"
+    except ValueError:
+        return "the index is damaged"
+    if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("fingerprint") != fingerprint:
+        return "the sources or the settings have changed"
+    for entry in index["files"].values():
+        path = directory / entry["file"]
+        if not path.is_file() or sha256(path) != entry["sha256"]:
+            return f"{entry['file']} is missing or damaged"
+    return index
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

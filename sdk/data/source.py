@@ -1,0 +1,40 @@
+"""What every kind of data source has in common: the fields of `data:` in a recipe and the two questions asked of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Annotated
+
+from edgewright.data.text import BadTextPolicy, RawDocument
+from edgewright.data.tokenizer import PretrainedTokenizer, TrainTokenizer
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Source(BaseModel, ABC):
+    """Where the text comes from and how it is turned into sequences."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: Annotated[TrainTokenizer | PretrainedTokenizer, Field(discriminator="type")] = TrainTokenizer()
+    """A tokenizer trained on the corpus, or one that exists."""
+    sequence_length: int = Field(default=256, ge=2)
+    """Tokens of one training sequence."""
+    held_out: float = Field(default=0.02, gt=0.0, lt=1.0)
+    """Share of the documents kept for evaluation, chosen by a hash of the document's name."""
+    on_bad_text: BadTextPolicy = "strict"
+    """Invalid UTF-8, NUL and malformed documents: stop, drop the document, or put U+FFFD there."""
+    restart_at_documents: bool = True
+    """Whether attention and positions start anew at every document of a packed sequence."""
+
+    @abstractmethod
+    def fingerprint(self) -> list[object]:
+        """What tells, without reading the text, whether the source is still the same (JSON values).
+
+        Raises:
+            BadInput: EW-203 when there is nothing there.
+        """
+
+    @abstractmethod
+    def documents(self) -> Iterator[RawDocument]:
+        """All documents in a fixed order; each must be read before the next one is asked for."""
