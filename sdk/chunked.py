@@ -1,0 +1,143 @@
+"""The output head and the loss, chunk by chunk: `[tokens, vocabulary]` is never held whole, forward or backward.
+
+The loss of a chunk is a `ChunkRule`: it gets the chunk's logits in float32, returns the summed loss and *overwrites
+the logits with the gradient*. Gradients of hidden states and head are formed on the way, so backward only scales them.
+
+Shapes: N tokens, H hidden size, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ChunkRule = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits [C, V] float32, rows) -> (losses [P] float32: sums over the rows of each part, gradient [C, V] of the
+weighted sum of the parts with respect to the logits). The rule owns the logits' memory and may reuse it."""
+
+CHUNK_BYTES = 24 * 2**20
+"""Size of one float32 chunk of logits: large enough for full GEMM speed, small beside any model's activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output head as the objectives see it: `head(hidden)` gives logits in float32.
+
+    `weight` [V, H] is the *effective* weight (already fake-quantized or merged where a method says so), so gradients
+    flow through whatever produced it. `bias` is [V] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight.to(hidden.dtype), _cast(self.bias, hidden.dtype)).float()
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of a chunk whose float32 logits take about `CHUNK_BYTES`."""
+    return max(32, CHUNK_BYTES // (4 * vocabulary))
+
+
+def chunked_loss(hidden: Tensor, head: Head, rule: ChunkRule, *, parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sum of a loss over all tokens, computed in chunks over the head.
+
+    Args:
+        hidden: [N, H], last hidden states of the student.
+        head: the student's head.
+        rule: the loss of a chunk.
+        parts: how many parts the rule reports.
+        dtype: what the matrix products run in (bfloat16 or float32); softmax and sums are float32.
+
+    Returns:
+        (loss [], parts [P]); only the loss carries gradient.
+    """
+    if torch.is_grad_enabled():
+        loss, values = _ChunkedLoss.apply(hidden, head.weight, head.bias, rule, parts, dtype)
+        return loss, values
+    values = torch.zeros(parts, device=hidden.device)
+    compute = Head(head.weight.to(dtype), _cast(head.bias, dtype))
+    rows = chunk_rows(head.weight.shape[0])
+    for start in range(0, hidden.shape[0], rows):
+        window = slice(start, min(start + rows, hidden.shape[0]))
+        values += rule(compute(hidden[window].to(dtype)), window)[0]
+    return values.sum(), values
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: ChunkRule, parts: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        compute_weight, compute_bias = weight.to(dtype), _cast(bias, dtype)
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=weight.device)
+        values = torch.zeros(parts, device=hidden.device)
+        rows = chunk_rows(weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            window = slice(start, min(start + rows, hidden.shape[0]))
+            chunk = hidden[window].to(dtype)
+            logits = F.linear(chunk, compute_weight, compute_bias).float()
+            losses, gradient = rule(logits, window)
+            values += losses
+            if bias_gradient is not None:
+                bias_gradient += gradient.sum(0)
+            gradient = gradient.to(dtype)
+            hidden_gradient[window] = gradient @ compute_weight
+            if dtype == torch.float32:
+                weight_gradient.addmm_(gradient.T, chunk)
+            else:
+                weight_gradient += gradient.T @ chunk
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(values)
+        return values.sum(), values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            hidden_gradient.mul_(loss_gradient),
+            weight_gradient.mul_(loss_gradient).to(weight_dtype),
+            None if bias_gradient is None else bias_gradient.mul_(loss_gradient).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+IGNORED = -100
+"""A label that is not counted, as in Hugging Face and torch."""
+
+
+def cross_entropy_rule(labels: Tensor, scale: float) -> ChunkRule:
+    """Next-token cross-entropy, loss = -scale * sum log softmax(z)[label]; gradient scale * (softmax(z) - onehot).
+
+    Args:
+        labels: [N] int64, `IGNORED` where a token is not counted.
+        scale: 1 over the number of counted tokens of the whole optimizer step, so that accumulation is exact.
+    """
+
+    def rule(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        target = labels[rows]
+        counted = target != IGNORED
+        column = target.clamp_min(0)[:, None]
+        log_probabilities = F.log_softmax(logits, dim=-1)
+        loss = -(log_probabilities.gather(1, column)[:, 0] * counted).sum() * scale
+        gradient = torch.exp(log_probabilities, out=logits)
+        gradient.scatter_add_(1, column, torch.full_like(column, -1, dtype=gradient.dtype))
+        return loss[None], gradient.mul_((counted * scale)[:, None])
+
+    return rule

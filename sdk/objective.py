@@ -1,0 +1,84 @@
+"""What is minimised: next-token prediction, and the interface that distillation implements.
+
+An objective gets hidden states and the head, never logits, so every loss runs in chunks over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from edgewright.chunked import Head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInputs:
+    """One micro-batch on the device. B rows of S tokens, N = B * S."""
+
+    input_ids: Tensor
+    """[B, S] int64."""
+    labels: Tensor
+    """[B, S] int64, -100 where a token is not counted."""
+    position_ids: Tensor | None
+    """[B, S], or None for 0..S-1 in every row."""
+    attention_mask: Tensor | None
+    """[B, 1, S, S] bool, true where a query may look; None for plain causal attention."""
+
+
+class Objective(ABC):
+    """The loss of a micro-batch. Subclasses are final."""
+
+    parts: ClassVar[tuple[str, ...]]
+    """Names of the terms that `loss` reports, in order."""
+
+    def prepare(self, student: PreTrainedModel, device: torch.device) -> None:  # noqa: B027 - an optional hook
+        """Load what the objective needs besides the student, and check that it fits."""
+
+    @abstractmethod
+    def loss(
+        self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch.
+
+        Args:
+            hidden: [N, H] last hidden states of the student.
+            head: the student's output head.
+            inputs: the micro-batch.
+            scale: 1 over the counted tokens of the whole optimizer step.
+            dtype: compute type of the matrix products.
+
+        Returns:
+            (loss [], values of `parts` [P], scaled alike).
+        """
+
+
+class NextTokenConfig(BaseModel):
+    """Next-token cross-entropy, chunked over the output head."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: Literal["next_token"] = "next_token"
+
+    def build(self) -> NextToken:
+        return NextToken()
+
+
+class NextToken(Objective):
+    """Mean cross-entropy over the counted tokens of an optimizer step."""
+
+    parts = ("cross_entropy",)
+
+    def loss(
+        self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        from edgewright.chunked import chunked_loss, cross_entropy_rule
+
+        rule = cross_entropy_rule(inputs.labels.flatten(), scale)
+        return chunked_loss(hidden, head, rule, parts=1, dtype=dtype)

@@ -1,0 +1,320 @@
+"""One stage of a recipe: build what it names, go on from the newest good checkpoint, train, write the plain model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgewright import checkpoint
+from edgewright.errors import BadInput, RecipeError
+from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
+from edgewright.metrics import Metrics
+from edgewright.student import (
+    CheckpointStudentConfig,
+    PresetStudentConfig,
+    StageStudentConfig,
+    build_preset,
+    load_model,
+)
+from edgewright.training import StopRequest, decide
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from edgewright.data import Corpus
+    from edgewright.method import Method, MethodReport
+    from edgewright.objective import Objective
+    from edgewright.recipe import Recipe, StageConfig
+
+WITHOUT_EFFECT_ON_BITS = frozenset({"logging_steps", "save_steps", "save_minutes", "keep_checkpoints"})
+"""Training settings that may change between a run and its resumption."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """What a finished stage leaves."""
+
+    name: str
+    model: Path
+    """Hugging Face directory of the plain model; `lattice.safetensors` in it where a method quantizes."""
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int
+    methods: dict[str, dict[str, float]]
+    decisions: dict[str, Any]
+
+
+def train_stage(
+    recipe: Recipe,
+    stage: StageConfig,
+    corpus: Corpus,
+    directory: Path,
+    earlier: dict[str, Path],
+    *,
+    say: Callable[[str], None],
+    stop: StopRequest,
+) -> StageResult:
+    """Train a stage, or go on with it, or find that it is done.
+
+    Args:
+        directory: the stage's own; `earlier`: model directories of the finished stages.
+
+    Raises:
+        RecipeError: EW-705, the directory holds a run of another recipe; EW-704, a method changed nothing.
+        Interrupted, Diverged, OutOfResources: see `Trainer.train`.
+    """
+    import torch
+
+    from edgewright.data import Batches
+    from edgewright.trainer import Job, Trainer
+
+    done = directory / "done.json"
+    _same_recipe(recipe, stage, corpus, directory)
+    if done.exists():
+        say(f"{stage.name}: done already")
+        return _read_result(done)
+    settings, data = stage.training, recipe.data
+    newest = checkpoint.newest(directory / "checkpoints", say)
+    loaded = checkpoint.load(newest) if newest else None
+    if loaded:
+        torch.set_num_threads(loaded.state.decisions["threads"])
+    model = _student(recipe, stage, corpus, earlier)
+    tokens_per_step = (
+        settings.per_device_train_batch_size * settings.gradient_accumulation_steps * data.sequence_length
+    )
+    steps = stage.budget.steps(tokens_per_step)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    state = loaded.state if loaded else checkpoint.TrainState(
+        decisions=decide(settings, parameters=parameters, tokens=steps * tokens_per_step)
+    )
+    _same_machine(state, say)
+    torch.manual_seed(recipe.seed)
+    model.to(state.decisions["device"])
+    methods = [config.build() for config in stage.methods]
+    reports = _prepare(methods, model, say)
+    batches, held_out = (
+        Batches(
+            stream,
+            sequence_length=data.sequence_length,
+            seed=recipe.seed,
+            restart_at_documents=data.restart_at_documents,
+            start_id=corpus.start_id,
+            eos_id=corpus.eos_id,
+        )
+        for stream in (corpus.train, corpus.held_out)
+    )
+    job = Job(
+        model=model,
+        objective=_objective(stage, earlier),
+        methods=methods,
+        optimizer=stage.optimizer.build(model),
+        learning_rate=stage.optimizer.learning_rate,
+        schedule=stage.schedule,
+        batches=batches,
+        held_out=held_out,
+        bytes_per_token=corpus.held_out.bytes / max(1, len(corpus.held_out)),
+        total_steps=steps,
+        settings=settings,
+        directory=directory,
+        extra_files=lambda target: _copy_tokenizer(corpus.tokenizer_dir, target),
+    )
+    metrics = Metrics(directory / "metrics.jsonl", name=stage.name, logging_steps=settings.logging_steps, say=say)
+    trainer = Trainer(job, state, metrics, stop)
+    metrics.rewind(state.step)
+    say(f"{stage.name}: {parameters:,} parameters, {steps:,} steps of {tokens_per_step:,} tokens; {_decided(state)}")
+    if loaded:
+        metrics.event("resumed", step=state.step)
+        trainer.restore(loaded, read_weights(loaded.directory / "model"))
+    final = trainer.train()
+    target = _write_model(methods, model, directory / "model", job.extra_files)
+    result = StageResult(
+        name=stage.name,
+        model=target,
+        steps=final.step,
+        tokens=final.tokens,
+        seconds=final.seconds,
+        parameters=parameters,
+        methods={method.type: method.describe(model).numbers for method in methods} if reports else {},
+        decisions=final.decisions,
+    )
+    write_json(done, {**asdict(result), "model": "model"})
+    return result
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors model directory, sharded or not."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        weights |= load_file(path)
+    return weights
+
+
+def model_of(config: CheckpointStudentConfig | StageStudentConfig, earlier: dict[str, Path]) -> Path:
+    """The directory that a checkpoint or an earlier stage stands for."""
+    return config.model if isinstance(config, CheckpointStudentConfig) else earlier[config.stage]
+
+
+def _student(recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[str, Path]) -> PreTrainedModel:
+    config = stage.student
+    if isinstance(config, PresetStudentConfig):
+        return build_preset(
+            config,
+            vocab_size=corpus.vocab_size,
+            max_position_embeddings=recipe.data.sequence_length,
+            bos=corpus.start_id,
+            eos=corpus.eos_id,
+            seed=recipe.seed,
+        )
+    directory = model_of(config, earlier)
+    model = load_model(directory)
+    if model.config.vocab_size < corpus.vocab_size:
+        raise BadInput(
+            "EW-702",
+            "the student's vocabulary is smaller than the tokenizer's",
+            where=directory,
+            expected=f"at least {corpus.vocab_size} tokens",
+            found=model.config.vocab_size,
+            fix="use the model's own tokenizer: data.tokenizer = {type: pretrained, path: MODEL}",
+        )
+    if model.config.max_position_embeddings < recipe.data.sequence_length:
+        raise RecipeError(
+            "EW-706",
+            "data.sequence_length is longer than the model's context",
+            where=directory,
+            expected=f"at most {model.config.max_position_embeddings}",
+            found=recipe.data.sequence_length,
+            fix="lower data.sequence_length",
+        )
+    return model
+
+
+def _objective(stage: StageConfig, earlier: dict[str, Path]) -> Objective:
+    from edgewright.objective import NextTokenConfig
+
+    config = stage.objective
+    if isinstance(config, NextTokenConfig):
+        return config.build()
+    return config.build(model_of(config.teacher, earlier))
+
+
+def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> list[MethodReport]:
+    """Let every method change the model; one that changes nothing is an error."""
+    reports = []
+    for method in methods:
+        method.prepare(model)
+        report = method.describe(model)
+        if report.changed == 0:
+            raise RecipeError(
+                "EW-704",
+                f"the method {method.type!r} changed no layer of this model",
+                fix="remove it from the recipe, or exclude fewer layers",
+            )
+        figures = ", ".join(f"{key} {value:,.4g}" for key, value in report.numbers.items())
+        say(f"{method.type}: {report.changed} layers ({figures}); left alone: {', '.join(report.skipped) or 'none'}")
+        reports.append(report)
+    return reports
+
+
+def _write_model(
+    methods: list[Method], model: PreTrainedModel, target: Path, extra_files: Callable[[Path], None]
+) -> Path:
+    """The plain model as a Hugging Face directory in float32, its lattice beside it; atomically."""
+    from edgewright.export.lattice import LatticeTensor, save_sidecar
+
+    plain, lattice = model, dict[str, LatticeTensor]()
+    for method in methods:
+        plain, quantized = method.finish(plain)
+        lattice |= quantized
+    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    for leftover in target.parent.glob(f".tmp-*-{target.name}"):
+        shutil.rmtree(leftover)
+    with disk_errors(target):
+        plain.save_pretrained(temporary)
+        extra_files(temporary)
+        if lattice:
+            save_sidecar(temporary, lattice)
+        sync_tree(temporary)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    sync_directory(target.parent)
+    return target
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, directory: Path) -> None:
+    """Refuse to go on with a run that another recipe began; remember this one's if there is none."""
+    kept = directory / "stage.json"
+    dumped = stage.model_dump(mode="json")
+    dumped["training"] = {k: v for k, v in dumped["training"].items() if k not in WITHOUT_EFFECT_ON_BITS}
+    dumped |= {"seed": recipe.seed, "sequence_length": recipe.data.sequence_length, "data": corpus.fingerprint}
+    now = json.loads(json.dumps(_portable(dumped)))
+    if not kept.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(kept, now)
+        return
+    before = json.loads(kept.read_text(encoding="utf-8"))
+    changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+    if changed:
+        raise RecipeError(
+            "EW-705",
+            f"the run of stage {stage.name!r} was begun with another recipe",
+            where=kept,
+            expected={key: before.get(key) for key in changed},
+            found={key: now.get(key) for key in changed},
+            fix="undo the change, choose another output_dir, or start again with --fresh",
+        )
+
+
+def _portable(value: Any) -> Any:
+    """Model directories by the hash of their weights, so that moving files does not look like another recipe."""
+    if isinstance(value, dict):
+        if value.get("type") == "checkpoint":
+            return {**value, "model": _weights_hash(Path(value["model"]))}
+        return {key: _portable(inner) for key, inner in value.items()}
+    return value
+
+
+def _weights_hash(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _same_machine(state: checkpoint.TrainState, say: Callable[[str], None]) -> None:
+    import torch
+
+    torch.set_num_threads(state.decisions["threads"])
+    if state.decisions["torch"] != torch.__version__:
+        say(
+            f"warning: begun with torch {state.decisions['torch']}, going on with {torch.__version__}: "
+            "the result will be as good, but not bit for bit that of an uninterrupted run"
+        )
+
+
+def _decided(state: checkpoint.TrainState) -> str:
+    d = state.decisions
+    return f"{d['device']}, {d['precision']}, {d['threads']} threads, {'compiled' if d['compile'] else 'not compiled'}"
+
+
+def _read_result(path: Path) -> StageResult:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("schema_version", None)
+    return StageResult(**{**values, "model": path.parent / values["model"]})

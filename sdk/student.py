@@ -1,0 +1,155 @@
+"""Where a model starts: a preset from scratch, or a local Hugging Face causal-LM directory. Always a PreTrainedModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgewright.paths import RecipePath
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from edgewright.chunked import Head
+    from edgewright.objective import ModelInputs
+
+PRESETS: dict[str, dict[str, int]] = {
+    "llama-1m": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 384},
+    "llama-4m": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768},
+    "llama-10m": {"hidden_size": 256, "num_hidden_layers": 10, "num_attention_heads": 4, "intermediate_size": 768},
+    "llama-20m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 1536},
+    "llama-60m": {"hidden_size": 512, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 1536},
+    "llama-125m": {"hidden_size": 768, "num_hidden_layers": 16, "num_attention_heads": 12, "intermediate_size": 2048},
+}
+"""Llama family; all sizes but llama-1m's are multiples of 256, so that ternary GGUF blocks hold every row."""
+
+
+class PresetStudentConfig(BaseModel):
+    """A randomly initialised Llama of a named size; any size can be set by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: Literal["preset"] = "preset"
+    preset: Literal["llama-1m", "llama-4m", "llama-10m", "llama-20m", "llama-60m", "llama-125m"] = "llama-4m"
+    hidden_size: int | None = Field(default=None, gt=0)
+    num_hidden_layers: int | None = Field(default=None, gt=0)
+    num_attention_heads: int | None = Field(default=None, gt=0)
+    num_key_value_heads: int | None = Field(default=None, gt=0)
+    intermediate_size: int | None = Field(default=None, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    tie_word_embeddings: bool = True
+
+    def sizes(self) -> dict[str, int]:
+        """The preset's sizes with the recipe's own put over them."""
+        own = {
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "intermediate_size": self.intermediate_size,
+        }
+        sizes = PRESETS[self.preset] | {key: value for key, value in own.items() if value is not None}
+        return sizes | {"num_key_value_heads": self.num_key_value_heads or sizes["num_attention_heads"]}
+
+    def parameters(self, vocab_size: int) -> int:
+        """Number of parameters with a vocabulary of that size."""
+        size = self.sizes()
+        hidden, intermediate = size["hidden_size"], size["intermediate_size"]
+        key_value = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
+        layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * intermediate + 2 * hidden
+        embeddings = vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        return embeddings + size["num_hidden_layers"] * layer + hidden
+
+
+class CheckpointStudentConfig(BaseModel):
+    """A local Hugging Face causal-LM directory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: Literal["checkpoint"] = "checkpoint"
+    model: RecipePath
+    """The directory: config.json, safetensors, tokenizer files."""
+
+
+class StageStudentConfig(BaseModel):
+    """The result of an earlier stage of the same recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    type: Literal["stage"] = "stage"
+    stage: str
+    """Name of the earlier stage."""
+
+
+StudentConfig = Annotated[
+    PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig, Field(discriminator="type")
+]
+
+
+def build_preset(
+    config: PresetStudentConfig, *, vocab_size: int, max_position_embeddings: int, bos: int, eos: int, seed: int
+) -> PreTrainedModel:
+    """A new Llama with Hugging Face's own initialisation (normal, 0.02), reproducible from `seed`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            max_position_embeddings=max_position_embeddings,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=config.tie_word_embeddings,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            pad_token_id=None,
+            attn_implementation="sdpa",
+            **config.sizes(),
+        )
+    )
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Open a local causal-LM directory in `dtype` (float32 unless given), after the guard has passed it.
+
+    Raises:
+        BadInput: EW-3xx, the directory is incomplete or damaged.
+        Unsafe: EW-3xx, it holds code or pickles.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edgewright.export.guard import check_model_directory
+
+    check_model_directory(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype or torch.float32,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return model
+
+
+def hidden_states(model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
+    """The last hidden states after the final norm, [N, H]."""
+    output = model.base_model(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        position_ids=inputs.position_ids,
+        use_cache=False,
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Head:
+    """The output head with its effective weight, in `dtype` if given."""
+    from edgewright.chunked import Head
+    from edgewright.compress.fake_quant import TernaryLinear
+
+    layer: Any = model.get_output_embeddings()
+    weight = layer.effective_weight() if isinstance(layer, TernaryLinear) else layer.weight
+    bias = layer.bias
+    return Head(weight if dtype is None else weight.to(dtype), bias if bias is None or dtype is None else bias.to(dtype))

@@ -1,0 +1,308 @@
+"""The loop, and nothing else.
+
+One optimizer step: fetch the micro-batches of a global batch, forward and backward each with the loss scaled by the
+global number of counted tokens, clip, look for non-finite values *before* the update, update. Every choice made at
+run time is in `TrainState`, so a killed run goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright import checkpoint
+from edgewright.errors import Diverged
+from edgewright.method import Method, StepContext
+from edgewright.objective import ModelInputs, Objective
+from edgewright.optim.state import named_state, reset_state, restore_state
+from edgewright.student import hidden_states, output_head
+from edgewright.training import StopRequest, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from edgewright.data import Batch, Batches
+    from edgewright.metrics import Metrics
+    from edgewright.schedule import ScheduleConfig
+
+MAX_ROLLBACKS = 3
+
+
+class TrainingModule(nn.Module):
+    """Student and objective as one module, so that whatever wraps the forward (compilation, sharding) holds both."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.dtype = dtype
+
+    def forward(self, inputs: ModelInputs, scale: float) -> tuple[Tensor, Tensor]:
+        """(loss [], parts [P]) of a micro-batch."""
+        with torch.autocast(inputs.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = hidden_states(self.model, inputs)
+            head = output_head(self.model)
+        return self.objective.loss(hidden, head, inputs, scale=scale, dtype=self.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a stage trains: the parts that the recipe named, built."""
+
+    model: PreTrainedModel
+    objective: Objective
+    methods: list[Method]
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+    schedule: ScheduleConfig
+    batches: Batches
+    held_out: Batches | None
+    bytes_per_token: float
+    """Held-out UTF-8 bytes per token: turns nats per token into bits per byte."""
+    total_steps: int
+    settings: TrainingConfig
+    directory: Path
+    extra_files: Callable[[Path], None]
+
+
+class Trainer:
+    """Trains a `Job` from wherever its directory's newest good checkpoint is.
+
+    Args:
+        job: what to train.
+        state: a fresh state with its decisions taken, or the one of the checkpoint to go on from.
+        metrics: where progress goes.
+        stop: set by a signal; honoured within one micro-batch.
+    """
+
+    def __init__(self, job: Job, state: checkpoint.TrainState, metrics: Metrics, stop: StopRequest) -> None:
+        self.job = job
+        self.state = state
+        self.metrics = metrics
+        self.stop = stop
+        self.device = torch.device(state.decisions["device"])
+        self.dtype = getattr(torch, state.decisions["precision"])
+        job.objective.prepare(job.model, self.device)
+        self.module = TrainingModule(job.model, job.objective, self.dtype)
+        self.step_module: Callable[..., Any] = self.module
+        if state.decisions["compile"]:
+            job.model.base_model.compile(dynamic=False)
+        self._last_save = time.monotonic()
+        self._clean = True
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.job.settings.per_device_train_batch_size * self.job.settings.gradient_accumulation_steps
+
+    def restore(self, loaded: checkpoint.Loaded, weights: dict[str, Tensor]) -> None:
+        """Put a checkpoint's optimizer, methods and random state back; `weights` are the model's tensors."""
+        with torch.no_grad():
+            for name, parameter in self.job.model.named_parameters():
+                parameter.copy_(weights[name])
+        restore_state(self.job.optimizer, self.job.model, loaded.optimizer)
+        for method in self.job.methods:
+            method.load_state_dict(loaded.methods[method.type])
+        torch.set_rng_state(torch.tensor(loaded.rng, dtype=torch.uint8))
+        self.state = loaded.state
+
+    def train(self) -> checkpoint.TrainState:
+        """Run to the last step.
+
+        Raises:
+            Interrupted: a signal came; a full checkpoint was written.
+            Diverged: EW-701, non-finite values after `MAX_ROLLBACKS` roll-backs.
+            OutOfResources: EW-401, the disk is full; the last good checkpoint stays.
+        """
+        if self.state.step == 0:
+            self.save()
+        self.job.model.train()
+        with self.metrics.panel(self.state, self.job.total_steps):
+            while self.state.step < self.job.total_steps:
+                self._one_step()
+                self._after_step()
+        self.save()
+        return self.state
+
+    def _one_step(self) -> None:
+        state, size = self.state, self.job.settings.per_device_train_batch_size
+        while state.position in state.skipped:
+            state.position += self.global_batch
+        started, rng = time.perf_counter(), torch.get_rng_state()
+        context = self._context()
+        for method in self.job.methods:
+            method.before_step(context)
+        micro = [self.job.batches.batch(p, size) for p in range(state.position, state.position + self.global_batch, size)]
+        counted = sum(batch.valid_tokens for batch in micro)
+        total = torch.zeros(len(self.job.objective.parts), device=self.device)
+        for batch in micro:
+            loss, parts = self.step_module(self._inputs(batch), 1.0 / max(1, counted))
+            loss = self._with_penalties(loss, len(micro))
+            loss.backward()
+            total += parts.detach()
+            if self.stop.requested and batch is not micro[-1]:
+                self.job.optimizer.zero_grad(set_to_none=True)
+                torch.set_rng_state(rng)
+                self._interrupt()
+        parameters = [p for p in self.job.model.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.job.settings.max_grad_norm, foreach=True)
+        loss_value, norm_value = float(total.sum()), float(norm)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._roll_back(loss_value, norm_value, [index for batch in micro for index in batch.indices])
+            return
+        rate = self.job.learning_rate * self.learning_rate_factor()
+        for group in self.job.optimizer.param_groups:
+            group["lr"] = rate
+        self.job.optimizer.step()
+        for method in self.job.methods:
+            method.after_step(context)
+        self.job.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        state.step += 1
+        state.tokens += counted
+        state.position += self.global_batch
+        state.seconds += seconds
+        self._clean = False
+        parts_by_name = dict(zip(self.job.objective.parts, total.tolist(), strict=True))
+        self.metrics.step(state, loss=loss_value, parts=parts_by_name, lr=rate, grad_norm=norm_value, tokens=counted, seconds=seconds)
+
+    def _after_step(self) -> None:
+        settings, step = self.job.settings, self.state.step
+        if self._clean:
+            return
+        if settings.eval_steps and step % settings.eval_steps == 0 or step == self.job.total_steps:
+            self.evaluate()
+        if self.stop.requested:
+            self._interrupt()
+        due = time.monotonic() - self._last_save > 60 * settings.save_minutes
+        if step % settings.save_steps == 0 or due:
+            self.save()
+
+    def learning_rate_factor(self) -> float:
+        """The schedule's factor, and a linear climb while a re-warm-up runs."""
+        factor = self.job.schedule.factor(self.state.step, self.job.total_steps)
+        if self.state.rewarm is None:
+            return factor
+        first, steps = self.state.rewarm
+        return factor * min(1.0, (self.state.step - first + 1) / steps)
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean cross-entropy on the first held-out sequences; logged as nats per token and bits per byte."""
+        from edgewright.objective import NextToken
+
+        if self.job.held_out is None:
+            return None
+        self.job.model.eval()
+        objective = NextToken()
+        size, nats, counted = self.job.settings.per_device_train_batch_size, 0.0, 0
+        sequences = min(self.job.settings.eval_sequences, len(self.job.held_out))
+        plain = TrainingModule(self.job.model, objective, self.dtype)
+        for start in range(0, sequences, size):
+            batch = self.job.held_out.batch(start, min(size, sequences - start))
+            nats += float(plain(self._inputs(batch), 1.0)[0])
+            counted += batch.valid_tokens
+        self.job.model.train()
+        loss = nats / max(1, counted)
+        self.metrics.evaluation(self.state, loss=loss, bits_per_byte=loss / math.log(2) / self.job.bytes_per_token)
+        return loss
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this very step, unless it is there already."""
+        directory = self.job.directory / "checkpoints"
+        final = directory / f"step-{self.state.step:08d}"
+        if self._clean and final.exists():
+            return None
+        path = checkpoint.save(
+            directory,
+            model=self.job.model,
+            optimizer=named_state(self.job.optimizer, self.job.model),
+            methods={method.type: method.state_dict() for method in self.job.methods},
+            state=self.state,
+            rng=torch.get_rng_state(),
+            extra_files=self.job.extra_files,
+        )
+        checkpoint.prune(directory, self.job.settings.keep_checkpoints)
+        self._last_save = time.monotonic()
+        self._clean = True
+        self.metrics.saved(self.state, path)
+        return path
+
+    def _interrupt(self) -> None:
+        self.save()
+        self.stop.raise_interrupted(self.state.step)
+
+    def _roll_back(self, loss: float, norm: float, indices: list[int]) -> None:
+        """Back to the last good checkpoint, with this global batch on the list of those never trained on."""
+        from safetensors.torch import load_file
+
+        bad, step = self.state.position, self.state.step
+        rollbacks, skipped = self.state.rollbacks + 1, [*self.state.skipped, bad]
+        self.metrics.event("non_finite", step=step, loss=repr(loss), grad_norm=repr(norm), sequences=indices, rollbacks=rollbacks)
+        if rollbacks >= MAX_ROLLBACKS:
+            raise Diverged(
+                "EW-701",
+                f"training diverged: non-finite values at step {step}, for the {rollbacks}rd time",
+                where=self.job.directory,
+                expected="finite loss and gradients",
+                found=f"loss {loss}, gradient norm {norm}",
+                fix="lower learning_rate, raise warmup_ratio or lower max_grad_norm, then run with --fresh",
+            )
+        good = checkpoint.newest(self.job.directory / "checkpoints", self.metrics.say)
+        assert good is not None, "a checkpoint is written before the first step"
+        self.job.optimizer.zero_grad(set_to_none=True)
+        self.restore(checkpoint.load(good), load_file(good / "model" / "model.safetensors"))
+        self.state.rollbacks, self.state.skipped = rollbacks, skipped
+        self.metrics.rewind(self.state.step)
+        self.metrics.event("rollback", step=step, to_step=self.state.step, skipped_position=bad)
+        self._clean = True
+
+    def _context(self) -> StepContext:
+        def rewarm(steps: int) -> None:
+            self.state.rewarm = (self.state.step, steps)
+
+        def reset(parameter: nn.Parameter, mask: Tensor | None) -> None:
+            reset_state(self.job.optimizer, parameter, mask)
+
+        return StepContext(
+            step=self.state.step,
+            total_steps=self.job.total_steps,
+            reset_state=reset,
+            rewarm=rewarm,
+            dense_gradient=lambda parameter: parameter.grad,
+        )
+
+    def _with_penalties(self, loss: Tensor, micro_batches: int) -> Tensor:
+        for method in self.job.methods:
+            penalty = method.penalty()
+            if penalty is not None:
+                loss = loss + penalty / micro_batches
+        return loss
+
+    def _inputs(self, batch: Batch) -> ModelInputs:
+        """A batch as tensors on the device; the block-diagonal mask only where documents meet inside a row."""
+
+        def tensor(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+        if not batch.has_borders:
+            return ModelInputs(
+                input_ids=tensor(batch.input_ids), labels=tensor(batch.labels), position_ids=None, attention_mask=None
+            )
+        documents = tensor(batch.document_ids)
+        length = documents.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril_()
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        return ModelInputs(
+            input_ids=tensor(batch.input_ids),
+            labels=tensor(batch.labels),
+            position_ids=tensor(batch.position_ids),
+            attention_mask=same & causal,
+        )

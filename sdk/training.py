@@ -1,0 +1,157 @@
+"""How a stage trains: the recipe's `training:` and `budget:`, and what is decided at run time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class BudgetConfig(BaseModel):
+    """How long a stage trains: exactly one of the two."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Training tokens, rounded up to whole steps."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> BudgetConfig:
+        if (self.max_steps is None) == (self.max_tokens is None):
+            raise ValueError("give exactly one of max_steps and max_tokens")
+        return self
+
+    def steps(self, tokens_per_step: int) -> int:
+        """Optimizer steps of the stage."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_tokens is not None
+        return -(-self.max_tokens // tokens_per_step)
+
+
+class TrainingConfig(BaseModel):
+    """The loop's settings, named as in Hugging Face's TrainingArguments where those have them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    per_device_train_batch_size: int = Field(default=8, gt=0)
+    """Sequences per micro-batch."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Micro-batches per optimizer step; the mean is over all their tokens."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Clip the gradient's global norm to this."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Compute type; weights and optimizer stay float32. auto: bf16 where the hardware multiplies it natively."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. auto: on when the run is long enough to earn its start-up cost back."""
+    logging_steps: int = Field(default=10, gt=0)
+    """Print a line every so many steps (metrics.jsonl gets every step)."""
+    eval_steps: int = Field(default=200, ge=0)
+    """Held-out loss every so many steps and at the end; 0: only at the end."""
+    eval_sequences: int = Field(default=64, gt=0)
+    """Held-out sequences for that loss."""
+    save_steps: int = Field(default=500, gt=0)
+    """A checkpoint every so many steps."""
+    save_minutes: float = Field(default=5.0, gt=0)
+    """And whenever the last one is older than this."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints kept."""
+
+
+COMPILE_COST_SECONDS = 40.0
+"""Cold start of torch.compile on two cores (measured: 21-30 s for each of two graphs' worth of kernels)."""
+COMPILE_GAIN = 0.14
+"""Share of the step time that it saves on a CPU (measured: 1.15x to 1.18x)."""
+CPU_FLOPS_PER_CORE = {"float32": 60e9, "bfloat16": 200e9}
+"""Rates of real training steps, only used to guess whether compiling pays. A guess by formula and not by a clock, so
+that the same recipe takes the same decision in every run on a machine."""
+
+
+def decide(settings: TrainingConfig, *, parameters: int, tokens: int) -> dict[str, Any]:
+    """Device, compute type, compilation and threads, by rules that depend on the machine and the recipe alone."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
+    precision = {"bf16": "bfloat16", "fp32": "float32", "auto": _fast_precision(device)}[settings.precision]
+    seconds = 6.0 * parameters * tokens / (CPU_FLOPS_PER_CORE[precision] * threads)
+    pays = device == "cpu" and seconds * COMPILE_GAIN > COMPILE_COST_SECONDS
+    compile_model = {"on": True, "off": False, "auto": pays and _compiler_works()}[settings.compile]
+    return {
+        "device": device,
+        "precision": precision,
+        "compile": compile_model,
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+
+
+def _fast_precision(device: str) -> str:
+    import torch
+
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def _compiler_works() -> bool:
+    """Whether inductor finds a C++ compiler on this machine."""
+    from torch._inductor import exc
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, RuntimeError):
+        return False
+    return True
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a full checkpoint was written."""
+
+    def __init__(self, number: int, step: int) -> None:
+        self.signal = number
+        self.exit_code = 128 + number
+        self.step = step
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a full checkpoint was written")
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM asked the run to stop. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
+
+    def raise_interrupted(self, step: int) -> None:
+        """Leave the loop."""
+        assert self.number is not None
+        raise Interrupted(self.number, step)
+
+    @contextmanager
+    def installed(self) -> Iterator[StopRequest]:
+        """Handle both signals inside the block (only possible in the main thread)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.number = number
