@@ -1,0 +1,94 @@
+"""Read the weights of a GenAI folder back, for the gate: independent of the code that packed them.
+
+Nothing is shared with `layout.py`: the nibbles are taken apart here from the operators' documentation alone, so that
+one mistake cannot hide in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from edgewright.export.onnx_graph import Graph, attributes, checkpoint_names, embedding_nodes, norm_name
+from edgewright.export.source import EMBEDDING, HEAD
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Linear weights, head, token embedding and norms, as float32, by checkpoint name.
+
+    A matrix that joins several linear layers is taken apart again. A head that shares the embedding's bytes is
+    returned as the embedding alone, as in the checkpoint.
+    """
+    decoder = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    query = decoder["num_attention_heads"] * decoder["head_size"]
+    key = decoder["num_key_value_heads"] * decoder["head_size"]
+    graph = Graph(onnx.load(folder / "model.onnx"))
+    weights = {EMBEDDING: _embedding(graph)}
+    for node in graph.nodes("MatMul", "MatMulNBits"):
+        names = checkpoint_names(_fp32_name(node.input[1]), head=HEAD)
+        if names is None or (names == (HEAD,) and _is_tied(graph)):
+            continue
+        matrix = _linear(graph, node)
+        sizes = {3: [query, query + key], 2: [len(matrix) // 2], 1: []}[len(names)]
+        weights.update(zip(names, np.split(matrix, sizes), strict=True))
+    for initializer in graph.initializers:
+        name = norm_name(initializer)
+        if name is not None and name not in weights:
+            weights[name] = graph.array(initializer)
+    return weights
+
+
+def quantizes_activations(folder: Path) -> bool:
+    """Whether a matrix product of this folder rounds its activations (`MatMulNBits` at accuracy level 4)."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    levels = [attributes(node).get("accuracy_level", 0) for node in model.graph.node if node.op_type == "MatMulNBits"]
+    return 4 in levels
+
+
+def dequantize(packed: np.ndarray, scales: np.ndarray, *, bits: int, columns: int) -> np.ndarray:
+    """float32 `[rows, columns]` of uint8 `packed`, low bits first, zero point `2 ** (bits - 1)`, one scale a block."""
+    rows = len(packed)
+    flat = np.unpackbits(packed.reshape(rows, -1), axis=1, bitorder="little").reshape(rows, -1, bits)
+    stored = (flat * (1 << np.arange(bits))).sum(axis=2)
+    scales = scales.reshape(rows, -1)
+    values = (stored - (1 << (bits - 1))).astype(np.float32).reshape(rows, scales.shape[1], -1)
+    return (values * scales[:, :, None]).reshape(rows, -1)[:, :columns]
+
+
+def _linear(graph: Graph, node: onnx.NodeProto) -> np.ndarray:
+    if node.op_type == "MatMul":
+        return graph.array(node.input[1]).T
+    values = attributes(node)
+    bits, columns = values["bits"], values["K"]
+    assert isinstance(bits, int) and isinstance(columns, int)
+    return dequantize(graph.array(node.input[1]), graph.array(node.input[2]), bits=bits, columns=columns)
+
+
+def _embedding(graph: Graph) -> np.ndarray:
+    for node in graph.nodes("GatherBlockQuantized"):
+        reshape = next(other for other in graph.nodes("Reshape") if other.output[0] == node.input[0])
+        bits = attributes(node)["bits"]
+        assert isinstance(bits, int)
+        slices = [other for other in graph.nodes("Slice") if other.input[0] == node.output[0]]
+        table, scales = graph.array(reshape.input[0]), graph.array(node.input[2])
+        columns = int(graph.array(slices[0].input[2])[0]) if slices else table[0].size * 8 // bits
+        return dequantize(table, scales, bits=bits, columns=columns)
+    gather, transpose = embedding_nodes(graph)
+    if transpose is None:
+        return graph.array(gather.input[0])
+    return graph.array(transpose.input[0]).T
+
+
+def _is_tied(graph: Graph) -> bool:
+    """Whether the embedding is looked up in the weight of the head."""
+    tables = {node.input[0] for node in graph.nodes("Reshape", "Transpose")}
+    heads = {node.input[1] for node in graph.nodes("MatMul", "MatMulNBits") if "logits" in node.output}
+    return bool(tables & heads)
+
+
+def _fp32_name(name: str) -> str:
+    """The name of a weight before it was packed."""
+    return name.rsplit("_Q", 1)[0]

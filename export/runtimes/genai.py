@@ -1,0 +1,194 @@
+"""Sessions in ONNX Runtime GenAI: folders that `to_genai.py` or the vendor's builder wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewright.errors import BadInput
+from edgewright.export.guard import read_json
+from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
+
+_FIRST_CAPACITY = 512
+"""Tokens that the cache of a new session holds; it doubles when it is full."""
+
+
+class GenaiSession(Session):
+    """A GenAI folder on the CPU.
+
+    The runtime allocates its key-value cache whole, for the length that a generator may reach. A session starts with a
+    short one and moves to one twice as long, by running its tokens again, when it is full.
+
+    Args:
+        path: the folder with genai_config.json.
+        threads: of the runtime's thread pool; None leaves the choice to the runtime.
+
+    Raises:
+        BadInput: EW-603 without onnxruntime-genai, EW-604 when the runtime cannot open the folder.
+    """
+
+    runtime = "genai"
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        og = _runtime()
+        from tokenizers import Tokenizer
+
+        from edgewright.export.onnx_reader import quantizes_activations
+
+        self.path = path
+        model = _model_section(path)
+        self.vocab_size = model["vocab_size"]
+        self.context_length = model["context_length"]
+        ends = model["eos_token_id"]
+        self.eos_ids = frozenset(ends if isinstance(ends, list) else [ends])
+        start = model.get("bos_token_id")
+        self.start_id = min(self.eos_ids) if start is None else start
+        try:
+            config = og.Config(str(path))
+            if threads is not None:
+                options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+                config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._model: Any = og.Model(config)
+        except RuntimeError as error:
+            raise _cannot_open(path, error) from error
+        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=not quantizes_activations(path))
+        self._tokenizer: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
+        self._tokenizer.encode_special_tokens = True
+        self._generator: Any = None
+        self._capacity = 0
+        self._tokens: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self._tokens)
+
+    def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
+        self.check_room(tokens)
+        if not tokens:
+            return None if logits == "none" else np.empty((0, self.vocab_size), np.float32)
+        self._make_room(self.length + len(tokens))
+        self._generator.append_tokens(np.asarray(tokens, np.int32))
+        self._tokens.extend(tokens)
+        if logits == "none":
+            return None
+        rows: np.ndarray = self._generator.get_output("logits")[0]
+        if len(rows) != len(tokens):
+            raise _cannot_open(self.path, f"logits of {len(rows)} of {len(tokens)} tokens")
+        return np.array(rows if logits == "all" else rows[-1:], np.float32)
+
+    def rewind(self, length: int) -> None:
+        assert 0 <= length <= self.length
+        if length < self.length:
+            self._generator.rewind_to(length)
+            del self._tokens[length:]
+
+    def native_generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        draft: Session | None = None,
+    ) -> list[int]:
+        if draft is not None:
+            raise BadInput(
+                "EW-605",
+                "this runtime takes a draft model only as a part of the folder",
+                where=self.path,
+                expected="no draft",
+                fix="open a folder that holds target and draft",
+            )
+        self.rewind(0)
+        self.check_room([*tokens, *[0] * max_new_tokens])
+        generator = self._new_generator(
+            len(tokens) + max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_k=0,
+            top_p=1.0,
+            random_seed=seed,
+        )
+        generator.append_tokens(np.asarray(tokens, np.int32))
+        found: list[int] = []
+        while len(found) < max_new_tokens:
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in self.eos_ids:
+                if stop_at_eos:
+                    break
+                generator.append_tokens(np.array([token], np.int32))  # the runtime ends here; this goes on
+            found.append(token)
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        # Not og.Tokenizer: it parses special tokens in the text and stops at a NUL.
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def memory(self) -> int:
+        return resident_memory()
+
+    def close(self) -> None:
+        self._generator = None
+        self._model = None
+        self._tokens = []
+
+    def _new_generator(self, max_length: int, **options: Any) -> Any:
+        og = _runtime()
+        params = og.GeneratorParams(self._model)
+        params.set_search_options(max_length=max_length, batch_size=1, num_beams=1, **options)
+        return og.Generator(self._model, params)
+
+    def _make_room(self, length: int) -> None:
+        """See to a generator whose cache holds `length` tokens, with the tokens so far in it."""
+        if self._generator is not None and length <= self._capacity:
+            return
+        self._capacity = min(self.context_length, max(_FIRST_CAPACITY, 2 * self._capacity, length))
+        self._generator = None  # before the new one, so that there is one cache at a time
+        self._generator = self._new_generator(self._capacity, do_sample=False)
+        if self._tokens:
+            self._generator.append_tokens(np.asarray(self._tokens, np.int32))
+
+
+def _runtime() -> Any:
+    """The package, with its telemetry off."""
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise BadInput(
+            "EW-603",
+            "ONNX Runtime GenAI is not installed",
+            expected="the package onnxruntime-genai",
+            found=error,
+            fix='pip install "edgewright[genai]"',
+        ) from error
+    onnxruntime_genai.disable_telemetry_events()
+    return onnxruntime_genai
+
+
+def _model_section(path: Path) -> dict[str, Any]:
+    """The `model` of genai_config.json, with the keys that a session needs."""
+    model = read_json(path / "genai_config.json").get("model")
+    needed = {"vocab_size": int, "context_length": int, "eos_token_id": (int, list)}
+    if not isinstance(model, dict) or not all(isinstance(model.get(key), kind) for key, kind in needed.items()):
+        raise _cannot_open(path, f"a genai_config.json without {', '.join(needed)}")
+    return model
+
+
+def _cannot_open(path: Path, found: object) -> BadInput:
+    return BadInput(
+        "EW-604",
+        "ONNX Runtime GenAI cannot run this folder",
+        where=path,
+        expected="genai_config.json, model.onnx with its data, and a tokenizer",
+        found=found,
+        fix="export the model again",
+    )
