@@ -2,6 +2,8 @@
 
 from typing import Annotated
 
+from pydantic import Field
+
 from edgewright.data.batches import IGNORED, Batch, Batches
 from edgewright.data.documents import iterate_documents
 from edgewright.data.files import FilesData
@@ -11,7 +13,6 @@ from edgewright.data.shards import TokenStream
 from edgewright.data.stdlib import StdlibData
 from edgewright.data.text import Counts
 from edgewright.data.tokenizer import PretrainedTokenizer, TrainTokenizer
-from pydantic import Field
 
 DataConfig = Annotated[StdlibData | FilesData | HfData, Field(discriminator="type")]
 """The `data:` section of a recipe; `type` chooses the source."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from edgewright.data.order import EndlessOrder
 from edgewright.data.shards import TokenStream
 

@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from edgewright.data.reading import TextFormat, read_file
+from pydantic import Field
+
+from edgewright.data.reading import TextFormat, file_kind, read_file
 from edgewright.data.source import Source
 from edgewright.data.text import RawDocument
 from edgewright.errors import BadInput
-from pydantic import BeforeValidator, Field
+from edgewright.paths import RelativeToRecipe
 
-
-def _as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
+Pattern = Annotated[str, RelativeToRecipe()]
 
 
 class FilesData(Source):
     """Files that match patterns: .txt, .md, .py, .jsonl, each also as .gz, .xz or .zst."""
 
     type: Literal["files"] = "files"
-    files: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    files: Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
     """One glob pattern or several; `**` goes through folders. A plain path is a pattern as well."""
     text_key: str = "text"
     """Key of the text in a line of a .jsonl file."""
     separator: str = Field(default="<|endoftext|>", min_length=1)
     """What stands between two documents of a .txt file."""
 
+    @property
+    def _patterns(self) -> tuple[str, ...]:
+        return (self.files,) if isinstance(self.files, str) else self.files
+
     def fingerprint(self) -> list[object]:
-        entries = []
-        for name, path in find(self.files):
+        entries: list[object] = []
+        for name, path in find(self._patterns):
             status = path.stat()
             entries.append([name, status.st_size, status.st_mtime_ns])
-        return [*entries]
+        return entries
 
     def documents(self) -> Iterator[RawDocument]:
         form = TextFormat(text_key=self.text_key, separator=self.separator)
-        for name, path in find(self.files):
+        for name, path in find(self._patterns):
             yield from read_file(path, name, form)
 
 
@@ -48,22 +53,24 @@ def find(patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
     A file's name is its path below the part of the pattern that has no wildcard.
 
     Raises:
-        BadInput: EW-203 when a pattern matches no file.
+        BadInput: EW-203 when a pattern matches no file, EW-204 when a file is of no kind that can be read.
     """
-    found: dict[Path, str] = {}
-    for pattern in patterns:
-        root = _fixed_part(pattern)
-        paths = [Path(path) for path in glob.glob(pattern, recursive=True)]
-        files = [path for path in paths if path.is_file()]
+    found: dict[Path, tuple[str, Path]] = {}
+    for pattern in map(os.path.expanduser, patterns):
+        literal = Path(pattern).is_file()  # a name may hold a bracket
+        root = Path(pattern).parent if literal else _fixed_part(pattern)
+        matches = [Path(pattern)] if literal else [Path(path) for path in glob.glob(pattern, recursive=True)]
+        files = [path for path in matches if path.is_file()]
         if not files:
-            raise _nothing(pattern, paths)
+            raise _nothing(pattern, matches)
         for path in files:
-            found.setdefault(path.resolve(), path.relative_to(root).as_posix())
-    return sorted((name, path) for path, name in found.items())
+            file_kind(path)
+            found.setdefault(path.resolve(), (path.relative_to(root).as_posix(), path))
+    return sorted(found.values())
 
 
 def _fixed_part(pattern: str) -> Path:
-    """The folder above the first part with a wildcard, or the folder of a plain path."""
+    """The folder above the first part with a wildcard."""
     parts = Path(pattern).parts
     fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return Path(*parts[:fixed])

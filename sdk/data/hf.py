@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from edgewright.data.source import Source
 from edgewright.data.text import RawDocument
 from edgewright.errors import BadInput, NeedsNetwork
+from edgewright.paths import RecipePath
 
 
 class HfData(Source):
     """One split of a Hugging Face data set, one document for each row."""
 
     type: Literal["hf"] = "hf"
-    path: str
-    """Local folder (parquet, JSON Lines, or written by `save_to_disk`), or a name on the hub with `allow_download`."""
+    path: RecipePath | None = None
+    """Local data: a folder written by `save_to_disk`, or a folder or file of parquet, JSON Lines or CSV."""
+    hub: str | None = None
+    """Instead of `path`: a name on the hub; fetched only with `allow_download`."""
     name: str | None = None
     """Configuration of the data set, where it has several."""
     split: str = "train"
@@ -28,13 +33,20 @@ class HfData(Source):
     allow_download: bool = False
     """Whether the hub may be asked."""
 
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path`, a local folder or file, or `hub`, a name on the hub")
+        return self
+
     def fingerprint(self) -> list[object]:
         self._check()
-        if not Path(self.path).is_dir():
-            return [self.path, self.name, self.split, self.revision]
-        files = sorted(path for path in Path(self.path).rglob("*") if path.is_file())
+        if self.path is None:
+            return []  # the settings say it all
+        files = [self.path] if self.path.is_file() else sorted(path for path in self.path.rglob("*") if path.is_file())
+        statuses = [(path, path.stat()) for path in files]
         return [
-            [path.relative_to(self.path).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files
+            [path.relative_to(self.path).as_posix(), status.st_size, status.st_mtime_ns] for path, status in statuses
         ]
 
     def documents(self) -> Iterator[RawDocument]:
@@ -44,15 +56,18 @@ class HfData(Source):
             fault = None
             if not isinstance(text, str):
                 fault = f"no text in the column {self.text_key!r} (data.text_key); there are {', '.join(row)}"
-            yield RawDocument(f"{self.split}:{number}", self.path, number + 1, (text or "",), fault=fault)
+            place = str(self.path or self.hub)
+            yield RawDocument(f"{self.split}:{number}", place, number + 1, (text or "",), fault=fault, one_line=True)
 
     def _check(self) -> None:
-        if not Path(self.path).exists() and not self.allow_download:
+        if self.path is not None and not self.path.exists():
+            raise BadInput("EW-203", "there is no such data set", where=self.path, fix="check data.path")
+        if self.hub is not None and not self.allow_download:
             raise NeedsNetwork(
                 "EW-901",
-                "this data set is not on this machine",
-                where=f"data.path: {self.path}",
-                fix="give a local folder, or set data.allow_download to true to fetch it from the hub",
+                "this data set would have to be downloaded",
+                where=f"data.hub: {self.hub}",
+                fix="set data.allow_download to true, or give a local copy as data.path",
             )
 
     def _rows(self) -> Any:
@@ -62,7 +77,27 @@ class HfData(Source):
             raise BadInput(
                 "EW-207", "data.type `hf` needs the package datasets", fix="pip install 'edgewright[data]'"
             ) from error
-        if (Path(self.path) / "dataset_info.json").is_file() or (Path(self.path) / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(self.path)
-            return saved[self.split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision, streaming=True)
+        if self.path is None:
+            return datasets.load_dataset(self.hub, self.name, split=self.split, revision=self.revision, streaming=True)
+        if (self.path / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(str(self.path))[self.split]
+        if (self.path / "dataset_info.json").is_file():
+            return datasets.load_from_disk(str(self.path))
+        if self.path.is_dir():
+            return datasets.load_dataset(str(self.path), self.name, split=self.split, streaming=True)
+        return datasets.load_dataset(_builder(self.path), data_files=str(self.path), split="train", streaming=True)
+
+
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+
+
+def _builder(file: Path) -> str:
+    if file.suffix not in _BUILDERS:
+        raise BadInput(
+            "EW-204",
+            "this kind of file cannot be read",
+            where=file,
+            expected=f"a folder, or one of {' '.join(_BUILDERS)}",
+            fix="name the folder of the data set",
+        )
+    return _BUILDERS[file.suffix]

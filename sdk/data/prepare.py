@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,9 @@ from edgewright.data.shards import (
     TokenStream,
     open_stream,
     read_index,
-    sha256,
-    sync_directory,
-    write_index,
 )
 from edgewright.data.source import Source
-from edgewright.data.text import Counts, Document, is_held_out, screen
+from edgewright.data.text import Counts, Document, is_held_out, pieces, screen
 from edgewright.data.tokenizer import (
     COPIED,
     Encoder,
@@ -35,11 +31,12 @@ from edgewright.data.tokenizer import (
     train_tokenizer,
 )
 from edgewright.errors import BadInput
+from edgewright.files import disk_errors, sha256_file, sync_tree, write_json
 
 Say = Callable[[str], None]
 TRAIN, HELD_OUT = "train", "held_out"
-_BATCH_PIECES = 64
-"""Pieces encoded together: enough for every core, and at most 2 million characters."""
+_BATCH_CHARACTERS = 1 << 21
+"""How much is encoded at once: enough to keep every core busy."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -73,12 +70,15 @@ def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
 
     Raises:
         BadInput: EW-2xx when the corpus, a file of it or the tokenizer cannot be used.
+        OutOfResources: EW-401, the disk is full.
+        NeedsNetwork: EW-901, the data set would have to be downloaded.
     """
     fingerprint = _fingerprint(config)
     index = read_index(directory, fingerprint)
     if isinstance(index, str):
         say(f"preparing the corpus: {index}")
-        index = _build(config, directory, fingerprint, say)
+        with disk_errors(directory):
+            index = _build(config, directory, fingerprint, say)
     else:
         say(f"corpus ready: {index['report']['tokens']:,} tokens, nothing to do")
     corpus = _open(directory, index)
@@ -91,7 +91,7 @@ def _fingerprint(config: Source) -> str:
     settings = config.model_dump(mode="json", exclude={"sequence_length", "restart_at_documents", "files", "path"})
     if isinstance(config.tokenizer, PretrainedTokenizer):
         files = [config.tokenizer.path / name for name in (*COPIED, "generation_config.json", "config.json")]
-        settings["tokenizer"] = [[file.name, sha256(file)] for file in files if file.is_file()]
+        settings["tokenizer"] = [[file.name, sha256_file(file)] for file in files if file.is_file()]
     parts = [FORMAT, settings, config.fingerprint()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -115,12 +115,13 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
         for writer in writers.values():
             writer.abort()
     tokenizer_files = {
-        f"tokenizer/{name}": {"file": f"tokenizer/{name}", "sha256": sha256(directory / "tokenizer" / name)}
+        f"tokenizer/{name}": {"file": f"tokenizer/{name}", "sha256": sha256_file(directory / "tokenizer" / name)}
         for name in COPIED
         if (directory / "tokenizer" / name).is_file()
     }
-    sync_directory(directory)
+    sync_tree(directory)
     index = {
+        "format": FORMAT,
         "fingerprint": fingerprint,
         "vocab_size": encoder.vocab_size,
         "start_id": encoder.start_id,
@@ -128,7 +129,7 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
         "files": {**splits, **tokenizer_files},
         "report": _report(counts, splits, encoder),
     }
-    write_index(directory, index)
+    write_json(directory / INDEX, index)
     say(_summary(index["report"], counts))
     return index
 
@@ -144,20 +145,28 @@ def _tokenizer(config: Source, directory: Path, say: Say) -> Encoder:
         copy_tokenizer(wanted.path, target)
         return load_encoder(target)
     say(f"training a byte-level BPE tokenizer of {wanted.vocab_size:,} tokens")
-    _train(wanted, config, directory, target)
+    _train(wanted, config, directory, target, say)
     encoder = load_encoder(target)
     if encoder.vocab_size < wanted.vocab_size:
         say(f"the corpus gave only {encoder.vocab_size:,} tokens of the {wanted.vocab_size:,} wanted")
     return encoder
 
 
-def _train(wanted: TrainTokenizer, config: Source, directory: Path, target: Path) -> None:
+def _train(wanted: TrainTokenizer, config: Source, directory: Path, target: Path, say: Say) -> None:
     documents = _documents(config, Counts(), directory)
-    train_tokenizer(
-        (text for document in documents if not is_held_out(document.id, config.held_out) for text in document.texts),
-        wanted,
-        target,
-    )
+    training = (document for document in documents if not is_held_out(document.id, config.held_out))
+    train_tokenizer(_up_to(wanted.max_bytes, training, say), wanted, target)
+
+
+def _up_to(limit: int, documents: Iterable[Document], say: Say) -> Iterator[str]:
+    """The text of the first documents, in pieces, until it is `limit` bytes long."""
+    taken = 0
+    for document in documents:
+        if taken >= limit:
+            say(f"the tokenizer learns from the first {taken / 1e6:,.0f} MB (data.tokenizer.max_bytes)")
+            return
+        taken += document.bytes
+        yield from pieces(document.texts)
 
 
 def _documents(config: Source, counts: Counts, scratch: Path | None) -> Iterator[Document]:
@@ -184,7 +193,7 @@ def _encode(
 ) -> None:
     stream = _cut(documents, config, encoder)
     spoken = time.monotonic()
-    while batch := list(islice(stream, _BATCH_PIECES)):
+    for batch in _batched(stream):
         for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
             writer = writers[piece.split]
             if piece.document_bytes is not None:
@@ -193,6 +202,19 @@ def _encode(
         if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
             spoken = time.monotonic()
             say(f"tokenized {sum(writer.bytes for writer in writers.values()) / 1e6:,.0f} MB")
+
+
+def _batched(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    characters = 0
+    for piece in stream:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWriter]) -> None:
@@ -212,8 +234,8 @@ def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWr
                 where="data.held_out",
                 expected="documents in both splits",
                 found=f"{counts.summary()}; data.held_out is {config.held_out:g}",
-                fix="change data.held_out (0.2, say), give more documents, or set data.separator to what stands between "
-                "the documents of your .txt file, for instance a blank line",
+                fix="change data.held_out (0.2, say), give more documents, or set data.separator to what stands "
+                "between the documents of your .txt file, for instance a blank line",
             )
 
 

@@ -19,7 +19,8 @@ from edgewright.errors import BadInput
 LINE_BYTES = 1 << 26
 """A line of JSON is parsed whole, so it may not be longer than this."""
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"%PDF", b"PK\x03\x04", b"\x7fELF", b"\x1f\x8b", b"\xfd7zXZ", b"GGUF",
-          b"\x28\xb5\x2f\xfd", b"SQLite format 3\0", b"BZh", b"\xca\xfe\xba\xbe", b"PAR1")  # fmt: skip
+          b"\x28\xb5\x2f\xfd", b"SQLite format 3\0", b"BZh91AY", b"\xca\xfe\xba\xbe", b"PAR1")  # fmt: skip
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class TextFormat:
     """What stands between two documents of a .txt file."""
 
 
+Opener = Callable[[IO[bytes]], Iterator[bytes]]
+Reader = Callable[[Iterator[bytes], Path, str, TextFormat], Iterator[RawDocument]]
+
+
 def read_file(path: Path, document_id: str, form: TextFormat) -> Iterator[RawDocument]:
     """The documents of one file, by its suffix.
 
@@ -39,11 +44,20 @@ def read_file(path: Path, document_id: str, form: TextFormat) -> Iterator[RawDoc
         BadInput: EW-204 for a suffix that is not known, EW-205 for a damaged compressed file, EW-206 when the file
             cannot be read.
     """
-    suffixes = path.suffixes
-    opener = _OPENERS.get(suffixes[-1].lower() if suffixes else "", _plain)
-    if opener is not _plain:
-        suffixes = suffixes[:-1]
-    suffix = suffixes[-1].lower() if suffixes else ""
+    opener, reader = file_kind(path)
+    chunks = _guarded(path, opener)
+    head = next(chunks, b"")
+    if _looks_binary(head):
+        fault = "UTF-16 text" if head.startswith(_UTF16) else "a binary file, or text in another encoding than UTF-8"
+        return iter([RawDocument(document_id, str(path), 1, (), fault=fault)])
+    return reader(chain((head,), chunks), path, document_id, form)
+
+
+def file_kind(path: Path) -> tuple[Opener, Reader]:
+    """How a file is decompressed and taken apart, by its suffixes; EW-204 when they are not known."""
+    *_, last = suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+    opener = _OPENERS.get(last, _plain)
+    suffix = suffixes[-2] if last in _OPENERS else last
     if suffix not in READERS:
         raise BadInput(
             "EW-204",
@@ -53,11 +67,7 @@ def read_file(path: Path, document_id: str, form: TextFormat) -> Iterator[RawDoc
             found=suffix or "a name without suffix",
             fix="rename or convert the file, or narrow data.files so that it is left out",
         )
-    chunks = _guarded(path, opener)
-    head = next(chunks, b"")
-    if _looks_binary(head):
-        return iter([RawDocument(document_id, str(path), 1, (), fault="a binary file, not text")])
-    return READERS[suffix](chain((head,), chunks), path, document_id, form)
+    return opener, READERS[suffix]
 
 
 def _looks_binary(head: bytes) -> bool:
@@ -115,10 +125,10 @@ def _zst(file: IO[bytes]) -> Iterator[bytes]:
         raise EOFError("the file ends inside a frame")
 
 
-_OPENERS: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {".gz": _gz, ".xz": _xz, ".zst": _zst}
+_OPENERS: dict[str, Opener] = {".gz": _gz, ".xz": _xz, ".zst": _zst}
 
 
-def _guarded(path: Path, opener: Callable[[IO[bytes]], Iterator[bytes]]) -> Iterator[bytes]:
+def _guarded(path: Path, opener: Opener) -> Iterator[bytes]:
     """The bytes of a file, with damage and refusals turned into messages that name it."""
     try:
         with path.open("rb") as file:
@@ -192,7 +202,7 @@ def _read_jsonl(chunks: Iterator[bytes], path: Path, document_id: str, form: Tex
         if not line.strip():
             continue
         text, fault = _parse(line, form.text_key)
-        yield RawDocument(f"{document_id}:{number}", str(path), number, (text,), fault=fault)
+        yield RawDocument(f"{document_id}:{number}", str(path), number, (text,), fault=fault, one_line=True)
 
 
 def _parse(line: bytes, text_key: str) -> tuple[str, str | None]:
@@ -231,7 +241,7 @@ def _lines(chunks: Iterator[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
     yield number, rest
 
 
-READERS: dict[str, Callable[[Iterator[bytes], Path, str, TextFormat], Iterator[RawDocument]]] = {
+READERS: dict[str, Reader] = {
     ".txt": _read_txt,
     ".md": _read_whole,
     ".py": _read_whole,

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from edgewright.files import sha256_file
+
 INDEX = "index.json"
 FORMAT = 1
 """Raised when the layout of the files changes; older ones are then built again."""
@@ -24,7 +26,8 @@ FORMAT = 1
 class TokenStream:
     """The tokens of one split, documents one after another.
 
-    Where one token both starts and ends documents the layout is `EOS doc EOS doc ... EOS`, else `BOS doc EOS BOS doc EOS`.
+    Where one token both starts and ends documents the layout is `EOS doc EOS doc ... EOS`, else
+    `BOS doc EOS BOS doc EOS`.
     """
 
     tokens: np.ndarray
@@ -56,7 +59,8 @@ class StreamWriter:
         self._end = np.array([eos_id], dtype=dtype)
         self._between = self._start if start_id == eos_id else np.concatenate([self._end, self._start])
         self._hash = hashlib.sha256()
-        self._file = path.open("wb")
+        self._temporary = path.with_name(f"{path.name}.tmp")
+        self._file = self._temporary.open("wb")
 
     def begin(self, size: int) -> None:
         """Start a document of `size` bytes."""
@@ -75,6 +79,7 @@ class StreamWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        os.replace(self._temporary, self.path)
         return {
             "file": self.path.name,
             "dtype": np.dtype(self.dtype).name,
@@ -85,8 +90,9 @@ class StreamWriter:
         }
 
     def abort(self) -> None:
-        """Close the file without finishing it."""
+        """Give up, unless it was closed: nothing is left."""
         self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def _write(self, ids: np.ndarray) -> None:
         data = ids.astype(np.dtype(self.dtype).newbyteorder("<"), copy=False).tobytes()
@@ -103,18 +109,6 @@ def open_stream(directory: Path, entry: dict[str, Any]) -> TokenStream:
     return TokenStream(tokens=tokens, documents=entry["documents"], bytes=entry["bytes"])
 
 
-def write_index(directory: Path, index: dict[str, Any]) -> None:
-    """Write the index so that it is there whole or not at all."""
-    temporary = directory / f"{INDEX}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **index}, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, directory / INDEX)
-    sync_directory(directory)
-
-
 def read_index(directory: Path, fingerprint: str) -> dict[str, Any] | str:
     """The index when everything it names is there, undamaged, and made from `fingerprint`; else the reason why not."""
     try:
@@ -127,21 +121,6 @@ def read_index(directory: Path, fingerprint: str) -> dict[str, Any] | str:
         return "the sources or the settings have changed"
     for entry in index["files"].values():
         path = directory / entry["file"]
-        if not path.is_file() or sha256(path) != entry["sha256"]:
+        if not path.is_file() or sha256_file(path) != entry["sha256"]:
             return f"{entry['file']} is missing or damaged"
     return index
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

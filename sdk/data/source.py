@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Annotated
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from edgewright.data.text import BadTextPolicy, RawDocument
 from edgewright.data.tokenizer import PretrainedTokenizer, TrainTokenizer
-from pydantic import BaseModel, ConfigDict, Field
 
 
 class Source(BaseModel, ABC):

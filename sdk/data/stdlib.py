@@ -16,6 +16,9 @@ from edgewright.errors import BadInput
 
 LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
+GENERATED = ("_sysconfigdata", "config-")
+"""Written when this interpreter was built: they differ from machine to machine and hold its paths."""
+
 
 class StdlibData(Source):
     """The `.py` files of the standard library, tests and installed packages left out, sorted by path."""
@@ -42,8 +45,9 @@ def _names(root: Path) -> list[str]:
     """Paths relative to the library, `/` between the parts, in a fixed order."""
     names = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]
-        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith(GENERATED)]
+        sources = [name for name in files if name.endswith(".py") and not name.startswith(GENERATED)]
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in sources]
     if not names:
         raise BadInput(
             "EW-203",

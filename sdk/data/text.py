@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -21,7 +23,7 @@ BadTextPolicy = Literal["strict", "skip", "replace"]
 
 CHUNK_BYTES = 1 << 20
 """How much of a file is read at a time."""
-MEMORY_CHARACTERS = 1 << 22
+MEMORY_BYTES = 1 << 22
 """A document longer than this waits on disk, not in memory, until it is known to be good."""
 PIECE_CHARACTERS = 1 << 15
 """Documents are encoded in pieces of at most this many characters."""
@@ -45,6 +47,8 @@ class RawDocument:
     """Its text, to be read once and before the next document is asked for."""
     fault: str | None = None
     """Why it cannot be read at all, for instance a line that is no JSON."""
+    one_line: bool = False
+    """Its line breaks are none of the file's, as in a line of JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +111,8 @@ def screen(
     """
     seen: set[bytes] = set()
     for raw in documents:
-        with tempfile.SpooledTemporaryFile(  # on disk only when it is long
-            max_size=MEMORY_CHARACTERS, mode="w+", encoding="utf-8", newline="", dir=scratch
-        ) as spool:
-            examined = _examine(raw, policy, spool)
+        with ExitStack() as stack:
+            examined = _examine(raw, policy, scratch, stack)
             if examined is None:
                 counts.skipped += 1
             elif examined.blank:
@@ -122,7 +124,7 @@ def screen(
                 counts.documents += 1
                 counts.bytes += examined.bytes
                 counts.replaced += examined.replaced
-                yield Document(raw.id, examined.bytes, _contents(examined.first, spool))
+                yield Document(raw.id, examined.bytes, examined.texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,44 +133,53 @@ class _Examined:
     digest: bytes
     blank: bool
     replaced: bool
-    first: str | None
-    """The text itself where it came in one chunk."""
+    texts: Iterable[str]
 
 
-def _examine(raw: RawDocument, policy: BadTextPolicy, spool: IO[str]) -> _Examined | None:
-    """Read a document to its end, leaving its clean text in `first` or in the spool; None when it is to be skipped."""
+def _examine(raw: RawDocument, policy: BadTextPolicy, scratch: Path | None, stack: ExitStack) -> _Examined | None:
+    """Read a document to its end and keep its clean text, in a temporary file when it is long; None: skip it."""
     if raw.fault is not None:
         if policy != "skip":
             raise _malformed(raw)
         return None
     digest = hashlib.blake2b(digest_size=16)
-    size, lines, blank, replaced = 0, raw.line, True, False
-    first: str | None = None
+    size, line, blank, replaced = 0, raw.line, True, False
+    texts: list[str] = []
+    spool: IO[str] | None = None
     chunks = iter(raw.chunks)
-    for number, chunk in enumerate(chunks):
-        clean = chunk
-        encoded = _encode(clean)
+    for chunk in chunks:
+        text, encoded = chunk, _encode(chunk)
         if encoded is None:
             if policy == "strict":
-                raise _bad_text(raw, chunk, lines)
+                raise _bad_text(raw, chunk, line)
             if policy == "skip":
-                for _ in chunks:  # a sequential reader has to be taken to the end of the document
-                    pass
+                deque(chunks, maxlen=0)  # a sequential reader has to be taken to the end of the document
                 return None
-            clean, replaced = _UNUSABLE.sub("\ufffd", chunk), True
-            encoded = clean.encode()
+            text, replaced = _UNUSABLE.sub("\ufffd", chunk), True
+            encoded = text.encode()
         digest.update(encoded)
         size += len(encoded)
-        lines += encoded.count(b"\n")
-        blank = blank and (not clean or clean.isspace())
-        if number == 0:
-            first = clean
-        else:
-            if first is not None:
-                spool.write(first)
-                first = None
-            spool.write(clean)
-    return _Examined(size, digest.digest(), blank, replaced, first)
+        line += chunk.count("\n")
+        blank = blank and (not text or text.isspace())
+        texts.append(text)
+        if size > MEMORY_BYTES:
+            spool = spool or stack.enter_context(_temporary(scratch))
+            spool.writelines(texts)
+            texts.clear()
+    return _Examined(size, digest.digest(), blank, replaced, _contents(spool, texts))
+
+
+def _temporary(scratch: Path | None) -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", newline="", dir=scratch)
+
+
+def _contents(spool: IO[str] | None, texts: list[str]) -> Iterator[str]:
+    """What was put into the file, then what is still in memory."""
+    if spool is not None:
+        spool.seek(0)
+        while chunk := spool.read(CHUNK_BYTES):
+            yield chunk
+    yield from texts
 
 
 def _encode(text: str) -> bytes | None:
@@ -180,21 +191,14 @@ def _encode(text: str) -> bytes | None:
     return None if b"\0" in encoded else encoded
 
 
-def _contents(first: str | None, spool: IO[str]) -> Iterator[str]:
-    if first is not None:
-        yield first
-        return
-    spool.seek(0)
-    while chunk := spool.read(CHUNK_BYTES):
-        yield chunk
-
-
 def _bad_text(raw: RawDocument, chunk: str, line: int) -> BadInput:
     match = _UNUSABLE.search(chunk)
     assert match is not None
     character = ord(match.group())
-    line += chunk.count("\n", 0, match.start())
-    column = match.start() - chunk.rfind("\n", 0, match.start())
+    where = f"{raw.file}:{raw.line}"
+    if not raw.one_line:
+        line += chunk.count("\n", 0, match.start())
+        where = f"{raw.file}:{line}:{match.start() - chunk.rfind(chr(10), 0, match.start())}"
     if character == 0:
         found = "a NUL byte"
     elif 0xDC80 <= character <= 0xDCFF:
@@ -204,7 +208,7 @@ def _bad_text(raw: RawDocument, chunk: str, line: int) -> BadInput:
     return BadInput(
         "EW-201",
         "the text cannot be used as it is",
-        where=f"{raw.file}:{line}:{column}",
+        where=where,
         expected="valid UTF-8 without NUL",
         found=found,
         fix="repair the file (UTF-16 or Latin-1? convert it: iconv -t UTF-8), or set data.on_bad_text to `skip` (drop "
@@ -253,7 +257,7 @@ def _border(text: str, start: int, limit: int) -> int:
 def is_held_out(document_id: str, fraction: float) -> bool:
     """Whether a document belongs to the held-out split.
 
-    It depends on the document's name alone, so it is the same on every machine and stays when other documents come or go.
+    It depends on the document's name alone: the same on every machine, whatever other documents come or go.
     """
     digest = hashlib.blake2b(document_id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2.0**64

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
 from edgewright.data.text import pieces
 from edgewright.errors import BadInput
-from pydantic import BaseModel, ConfigDict, Field
+from edgewright.paths import RecipePath
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,6 +36,8 @@ class TrainTokenizer(BaseModel):
     type: Literal["train"] = "train"
     vocab_size: int = Field(default=4096, ge=257, le=1 << 24)
     """Tokens wanted: 256 bytes, one special token, and merges. A small corpus may give fewer."""
+    max_bytes: int = Field(default=1 << 30, ge=1)
+    """How much text to learn from: the training documents in their order up to about this much."""
 
 
 class PretrainedTokenizer(BaseModel):
@@ -42,7 +46,7 @@ class PretrainedTokenizer(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     type: Literal["pretrained"] = "pretrained"
-    path: Path
+    path: RecipePath
     """Directory that holds `tokenizer.json`."""
 
 
@@ -82,6 +86,11 @@ def train_tokenizer(texts: Iterable[str], config: TrainTokenizer, directory: Pat
     """Train byte-level BPE (pre-tokenizer, alphabet and decoder of GPT-2) and save it as a Hugging Face directory.
 
     The same texts in the same order give the same files.
+
+    Args:
+        texts: the text to learn from, in pieces of bounded size.
+        config: what is wanted.
+        directory: made if need be.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
