@@ -1,0 +1,154 @@
+"""What no single section of a recipe can know: names that other sections refer to, and widths that a target has.
+
+The rules look at the raw tree, which may be wrong anywhere else, so that their errors come together with all others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgewright.recipe_errors import did_you_mean, dotted, show
+from edgewright.recipe_shape import at
+from edgewright.yaml_positions import Path as TreePath
+from edgewright.yaml_positions import Problem, Tree
+
+QUANTS = {
+    "gguf": ("f32", "f16", "q8_0", "q4_0", "tq1_0", "tq2_0"),
+    "genai": ("fp32", "int8", "int4", "ternary"),
+}
+"""Widths of each target, by the target's own names."""
+EMBEDDING_QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0"), "genai": ("fp32", "int8", "int4")}
+"""Those that hold token embedding and head."""
+
+
+def check_rules(
+    tree: dict[str, Any], directory: Path, working_directory: Path, origins: dict[TreePath, str]
+) -> list[Problem]:
+    """Problems between sections; also makes `exports[].model` absolute where it is a directory.
+
+    Args:
+        tree: of the recipe.
+        directory: of the recipe file; paths in the file start here.
+        working_directory: paths in overrides start here.
+        origins: which override set which path.
+    """
+    found = [*_unique_names(tree, "stages"), *_unique_names(tree, "exports"), *_stage_references(tree)]
+    stages = _names(tree, "stages")
+    for index, export in enumerate(_sections(tree, "exports")):
+        path: TreePath = ("exports", index)
+        overridden = any((*path, "model")[: len(known)] == known for known in origins)
+        found += _model(export, path, stages, working_directory if overridden else directory)
+        found += _target(export, path)
+    for index, stage in enumerate(_sections(tree, "stages")):
+        found += _methods(stage, ("stages", index))
+    return found
+
+
+def _sections(tree: Tree, key: str) -> list[dict[str, Any]]:
+    """The items of a list of sections; what is no section counts as an empty one, so that indices stay."""
+    value = at(tree, (key,))
+    return [item if isinstance(item, dict) else {} for item in value] if isinstance(value, list) else []
+
+
+def _names(tree: Tree, key: str) -> list[str]:
+    return [item["name"] for item in _sections(tree, key) if isinstance(item.get("name"), str)]
+
+
+def _unique_names(tree: Tree, key: str) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, section in enumerate(_sections(tree, key)):
+        name = section.get("name")
+        if isinstance(name, str) and name in seen:
+            what = f"two of the {key} have the same name"
+            yield Problem(
+                code="EW-120", what=what, path=(key, index, "name"), expected="every name once", found=show(name)
+            )
+        elif isinstance(name, str):
+            seen.add(name)
+
+
+def _stage_references(tree: Tree) -> Iterator[Problem]:
+    """Students and teachers that name a stage must name one before their own."""
+    names = [section.get("name") for section in _sections(tree, "stages")]
+    for index in range(len(names)):
+        for inner in (("student",), ("objective", "teacher")):
+            path: TreePath = ("stages", index, *inner)
+            section = at(tree, path)
+            if (
+                not isinstance(section, dict)
+                or section.get("type") != "stage"
+                or not isinstance(section.get("stage"), str)
+            ):
+                continue
+            earlier = [name for name in names[:index] if isinstance(name, str)]
+            if section["stage"] not in earlier:
+                yield _bad_reference(
+                    section["stage"], (*path, "stage"), earlier, [name for name in names[index:] if name]
+                )
+
+
+def _bad_reference(name: str, path: TreePath, earlier: list[str], later: list[str]) -> Problem:
+    what = f"{dotted(path)} names a stage that comes later" if name in later else f"{dotted(path)} names no stage"
+    expected = "an earlier stage: " + ", ".join(earlier) if earlier else "an earlier stage, and there is none"
+    fix = "move that stage before this one" if name in later else did_you_mean(name, earlier)
+    return Problem(code="EW-121", what=what, path=path, expected=expected, found=show(name), fix=fix)
+
+
+def _model(export: dict[str, Any], path: TreePath, stages: list[str], directory: Path) -> Iterator[Problem]:
+    """An export's model: a stage, else a directory, whose path is made absolute in place."""
+    name = export.get("model")
+    if not isinstance(name, str) or name in stages:
+        return
+    place = os.path.normpath(directory / os.path.expanduser(name))
+    if os.path.isdir(place):
+        export["model"] = place
+        return
+    expected = "a stage (" + ", ".join(stages) + ") or a model directory"
+    found = f"{show(name)}; there is no directory {place}"
+    fix = did_you_mean(name, stages)
+    what = f"{dotted(path)} exports an unknown model"
+    yield Problem(code="EW-122", what=what, path=(*path, "model"), expected=expected, found=found, fix=fix)
+
+
+def _target(export: dict[str, Any], path: TreePath) -> Iterator[Problem]:
+    target = export.get("to")
+    if not isinstance(target, str):
+        return
+    if target not in QUANTS:
+        expected, fix = " | ".join(QUANTS), did_you_mean(target, QUANTS)
+        what = f"{dotted(path)} has an unknown target"
+        yield Problem(code="EW-123", what=what, path=(*path, "to"), expected=expected, found=show(target), fix=fix)
+        return
+    for key, table in (("quant", QUANTS), ("embedding_quant", EMBEDDING_QUANTS)):
+        value, valid = export.get(key), table[target]
+        if isinstance(value, str) and value not in valid:
+            other = next((name for name, quants in table.items() if value in quants), None)
+            fix = did_you_mean(value, valid) or (f"{value} is a width of {other}" if other else None)
+            what = f"{target} has no such {key}"
+            yield Problem(
+                code="EW-124", what=what, path=(*path, key), expected=" | ".join(valid), found=show(value), fix=fix
+            )
+
+
+def _methods(stage: dict[str, Any], path: TreePath) -> Iterator[Problem]:
+    """A method may be in the list once: both would change the same weights."""
+    seen: set[str] = set()
+    methods = stage.get("methods")
+    for index, method in enumerate(methods if isinstance(methods, list) else []):
+        kind = method.get("type") if isinstance(method, dict) else None
+        if isinstance(kind, str) and kind in seen:
+            what = f"{dotted(path)} uses the method {kind} twice"
+            fix = "remove one of the two"
+            yield Problem(
+                code="EW-125",
+                what=what,
+                path=(*path, "methods", index),
+                expected="every method once",
+                found=kind,
+                fix=fix,
+            )
+        elif isinstance(kind, str):
+            seen.add(kind)

@@ -1,0 +1,136 @@
+"""What a recipe's models say about its tree: which model a mapping is meant for, which fields are paths.
+
+Pydantic validates; this reads the same annotations to say *where* and *what instead*. It works on the raw tree, which
+may be wrong anywhere, so nothing here raises for what a user wrote.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from edgewright.paths import RelativeToRecipe
+from edgewright.yaml_positions import Path, Tree
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of an annotation without None; one for anything that is no union."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(one for part in get_args(annotation) for one in members(part) if one is not type(None))
+    return (annotation,)
+
+
+def models(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The models among the alternatives."""
+    return tuple(one for one in members(annotation) if isinstance(one, type) and issubclass(one, BaseModel))
+
+
+def tag(model: type[BaseModel]) -> str | None:
+    """The value of `type:` that names this model, or None if it has no such field."""
+    field = model.model_fields.get("type")
+    if field is None or get_origin(field.annotation) is not Literal:
+        return None
+    return str(get_args(field.annotation)[0])
+
+
+def model_for(annotation: Any, value: Tree) -> type[BaseModel] | None:
+    """The model that a mapping is meant for: the only one, or the one that its `type:` names."""
+    candidates = models(annotation)
+    if len(candidates) == 1:
+        return candidates[0]
+    if isinstance(value, dict):
+        return next((model for model in candidates if tag(model) == value.get("type")), None)
+    return None
+
+
+def element(annotation: Any) -> Any:
+    """The annotation of the items of a list or tuple; None for anything else."""
+    for one in members(annotation):
+        if get_origin(one) in (list, tuple):
+            return get_args(one)[0]
+    return None
+
+
+def child(annotation: Any, value: Tree, key: str | int) -> Any:
+    """The annotation of one item or field below `value`; None where there is none."""
+    if isinstance(key, int):
+        return element(annotation)
+    model = model_for(annotation, value)
+    field = model.model_fields.get(key) if model is not None else None
+    if field is None:
+        return None
+    annotated: Any = Annotated
+    return annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def locate(annotation: Any, tree: Tree, location: tuple[str | int, ...]) -> tuple[Path, Any]:
+    """Turn the location of a pydantic error into a path of the tree, and the annotation there.
+
+    Pydantic puts the tag of a discriminated union and the name of a union's branch into its locations.
+    """
+    path: Path = ()
+    rest = list(location)
+    while rest:
+        if len(members(annotation)) > 1:
+            rest.pop(0)
+            if not rest:
+                break
+        key = rest.pop(0)
+        annotation = child(annotation, tree, key)
+        path += (key,)
+        tree = below(tree, key)
+    return path, annotation
+
+
+def below(tree: Tree, key: str | int) -> Tree:
+    """The value at a key or index, None where there is none."""
+    if isinstance(tree, dict) and isinstance(key, str):
+        return tree.get(key)
+    if isinstance(tree, list) and isinstance(key, int) and 0 <= key < len(tree):
+        return tree[key]
+    return None
+
+
+def at(tree: Tree, path: Path) -> Tree:
+    """The value at a path, None where there is none."""
+    for key in path:
+        tree = below(tree, key)
+    return tree
+
+
+def is_path(annotation: Any) -> bool:
+    """Whether a text with this annotation, or in a list with this annotation, is a path of the recipe."""
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        return any(isinstance(note, RelativeToRecipe) for note in notes) or is_path(inner)
+    if get_origin(annotation) in (Union, types.UnionType, list, tuple):
+        return any(is_path(part) for part in get_args(annotation))
+    return False
+
+
+def walk(annotation: Any, tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any, Tree]]:
+    """Every value of the tree with its path and annotation (None where the recipe has no such place)."""
+    yield path, annotation, tree
+    items: list[tuple[str | int, Tree]] = []
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    for key, value in items:
+        yield from walk(None if annotation is None else child(annotation, tree, key), value, (*path, key))
+
+
+def fields(annotation: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every key that a recipe can have, with its place as people write it: (`learning_rate`, `stages[].optimizer`)."""
+    for model in models(annotation):
+        for key in model.model_fields:
+            yield key, path
+            below_it = child(model, {}, key)
+            item = element(below_it)
+            place = f"{path}.{key}".lstrip(".")
+            yield from fields(below_it if item is None else item, place if item is None else f"{place}[]")
