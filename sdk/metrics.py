@@ -101,7 +101,7 @@ class Metrics:
         self.say(f"{self.name}: checkpoint at step {state.step}: {path.name}")
 
     @contextmanager
-    def panel(self, state: TrainState, total_steps: int) -> Iterator[None]:
+    def panel(self, total_steps: int) -> Iterator[None]:
         """A live panel while the block runs, if standard error is a terminal."""
         self.total_steps = total_steps
         if not sys.stderr.isatty():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class Trainer:
         if self.state.step == 0:
             self.save()
         self.job.model.train()
-        with self.metrics.panel(self.state, self.job.total_steps):
+        with self.metrics.panel(self.job.total_steps), self.stop.deferred():
             while self.state.step < self.job.total_steps:
                 self._one_step()
                 self._after_step()
@@ -235,7 +235,7 @@ class Trainer:
         self.metrics.saved(self.state, path)
         return path
 
-    def _interrupt(self) -> None:
+    def _interrupt(self) -> NoReturn:
         self.save()
         self.stop.raise_interrupted(self.state.step)
 

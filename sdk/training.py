@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -113,30 +113,46 @@ def _compiler_works() -> bool:
     return True
 
 
-class Interrupted(Exception):
-    """A signal stopped the run after a full checkpoint was written."""
+class Interrupted(BaseException):
+    """A signal stopped the run; everything done so far can be gone on from. Like KeyboardInterrupt, no Exception."""
 
-    def __init__(self, number: int, step: int) -> None:
+    def __init__(self, number: int, step: int | None) -> None:
         self.signal = number
         self.exit_code = 128 + number
         self.step = step
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a full checkpoint was written")
+        name = signal.Signals(number).name
+        where = "" if step is None else f" at step {step}; a full checkpoint was written"
+        super().__init__(f"stopped by {name}{where}")
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM asked the run to stop. A second signal ends the process at once."""
+    """Whether SIGINT or SIGTERM asked the run to stop. A second signal ends the process at once.
+
+    Inside `deferred()` a signal only sets `requested`, and the loop stops between micro-batches; elsewhere it raises
+    `Interrupted` on the spot, which every atomic write survives.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._deferred = False
 
     @property
     def requested(self) -> bool:
         return self.number is not None
 
-    def raise_interrupted(self, step: int) -> None:
+    def raise_interrupted(self, step: int | None) -> NoReturn:
         """Leave the loop."""
         assert self.number is not None
         raise Interrupted(self.number, step)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """The block polls `requested` by itself."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
 
     @contextmanager
     def installed(self) -> Iterator[StopRequest]:
@@ -155,3 +171,5 @@ class StopRequest:
         if self.requested:
             os._exit(128 + number)
         self.number = number
+        if not self._deferred:
+            self.raise_interrupted(None)

@@ -1,0 +1,177 @@
+"""Loss, perplexity and bits per byte of any session, so of any checkpoint and of every exported file."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgewright._verbs import VerbModule
+from edgewright.errors import BadInput
+
+if TYPE_CHECKING:
+    from edgewright.export.runtimes.session import Session
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How well a model predicts text.
+
+    Args:
+        path: the model, as it was given.
+        runtime: what ran it.
+        documents: documents read, the last one perhaps in part.
+        tokens: tokens predicted.
+        bytes: UTF-8 bytes of the text those tokens stand for.
+        loss: mean negative log-likelihood, nats per token.
+        bits_per_byte: total nats / ln 2 / bytes: comparable between tokenizers.
+        perplexity: exp(loss).
+        ci95: 95 % interval of bits_per_byte (normal, over windows: the text is the sample, not the model).
+    """
+
+    path: Path
+    runtime: str
+    documents: int
+    tokens: int
+    bytes: int
+    loss: float
+    bits_per_byte: float
+    perplexity: float
+    ci95: tuple[float, float]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema_version": 1,
+            "path": str(self.path),
+            "runtime": self.runtime,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "ci95": list(self.ci95),
+        }
+
+
+def evaluate(
+    target: str | Path,
+    *,
+    data: str | Path | Sequence[str | Path] | None = None,
+    max_tokens: int = 50_000,
+    text_key: str = "text",
+    window: int = 512,
+    threads: int | None = None,
+) -> Evaluation:
+    """Measure a checkpoint or an exported file on text, in its own runtime and with its own tokenizer.
+
+    Args:
+        target: Hugging Face directory, GGUF file or GenAI folder.
+        data: file patterns, or None for the held-out part of the interpreter's standard library.
+        max_tokens: stop after so many tokens.
+        text_key: key of the text in .jsonl files.
+        window: tokens of context at most; see `windows`.
+        threads: of the runtime; None = its choice.
+
+    Raises:
+        BadInput: EW-2xx for text that cannot be read, EW-210 when there is none, and whatever opening the model raises.
+    """
+    from edgewright.data import StdlibData, TrainTokenizer, iterate_documents
+    from edgewright.export.runtimes import open_session
+
+    if data is None:
+        documents = iterate_documents(StdlibData(type="stdlib", tokenizer=TrainTokenizer()), split="held_out")
+    else:
+        patterns = [data] if isinstance(data, str | Path) else list(data)
+        documents = iterate_documents([str(pattern) for pattern in patterns], text_key=text_key)
+    whole = ("".join(text for _, text in pieces) for _, pieces in groupby(documents, key=lambda pair: pair[0]))
+    with open_session(Path(target), threads=threads) as session:
+        encoded = ((session.tokenize(text), len(text.encode())) for text in whole)
+        return evaluate_session(session, encoded, max_tokens=max_tokens, window=window)
+
+
+def evaluate_session(
+    session: Session,
+    documents: Iterable[tuple[Sequence[int], int]],
+    *,
+    max_tokens: int,
+    max_tokens_per_document: int | None = None,
+    window: int = 512,
+) -> Evaluation:
+    """Measure an open session.
+
+    Args:
+        documents: (token ids without start and end token, UTF-8 bytes) of each document.
+        max_tokens: stop after so many tokens; the last document may be read in part, its bytes are counted in part.
+        max_tokens_per_document: read no more than this of each, to see many documents with few tokens.
+        window: tokens of context at most.
+
+    Raises:
+        BadInput: EW-210, no text at all.
+    """
+    length = min(window, session.context_length)
+    nats: list[float] = []
+    sizes: list[int] = []
+    shares: list[float] = []
+    count = 0
+    for tokens, size in documents:
+        left = max_tokens - sum(sizes)
+        if left <= 0:
+            break
+        left = min(left, max_tokens_per_document or left)
+        count += 1
+        for inputs, targets in windows([session.start_id, *tokens[:left]], length):
+            session.rewind(0)
+            logits = session.append(inputs, "all")
+            assert logits is not None
+            nats.append(float(negative_log_likelihood(logits, targets).sum()))
+            sizes.append(len(targets))
+            shares.append(size * len(targets) / len(tokens))
+    total, total_bytes = sum(sizes), sum(shares)
+    if total == 0:
+        raise BadInput(
+            "EW-210", "there is no text to evaluate on", expected="at least one token", fix="give files with text"
+        )
+    bits = sum(nats) / math.log(2) / total_bytes
+    residuals = np.array(nats) / math.log(2) - bits * np.array(shares)
+    half = 1.96 * math.sqrt(float((residuals**2).sum()) * len(nats) / max(1, len(nats) - 1)) / total_bytes
+    loss = sum(nats) / total
+    return Evaluation(
+        path=session.path,
+        runtime=session.runtime,
+        documents=count,
+        tokens=total,
+        bytes=round(total_bytes),
+        loss=loss,
+        bits_per_byte=bits,
+        perplexity=math.exp(min(loss, 700.0)),
+        ci95=(bits - half, bits + half),
+    )
+
+
+def windows(tokens: Sequence[int], length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut a document that begins with its start token into (inputs, targets) of at most `length` tokens.
+
+    Windows overlap by one token, so every token but the first is predicted exactly once; a window starts without the
+    context before it, as the rows of training do.
+    """
+    for start in range(0, len(tokens) - 1, length):
+        part = list(tokens[start : start + length + 1])
+        yield part[:-1], part[1:]
+
+
+def negative_log_likelihood(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
+    """-log softmax(logits)[target] in nats, float64 [n]; logits float32 [n, vocabulary]."""
+    wide = logits.astype(np.float64)
+    peak = wide.max(axis=1, keepdims=True)
+    normalizer = np.log(np.exp(wide - peak).sum(axis=1)) + peak[:, 0]
+    return normalizer - wide[np.arange(len(targets)), list(targets)]
+
+
+sys.modules[__name__].__class__ = VerbModule

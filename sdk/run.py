@@ -1,0 +1,380 @@
+"""A run directory: corpus, stages, exports, measurements, report. The same command again goes on where it stopped.
+
+```
+<output_dir>/  recipe.yaml  recipe.resolved.yaml  env.json  lock  results.json  report.html
+               data/  stages/<name>/{metrics.jsonl, checkpoints/, model/, done.json}  exports/<name>/
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgewright._verbs import VerbModule
+from edgewright.errors import Locked
+from edgewright.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from edgewright.data import Corpus
+    from edgewright.recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Args:
+        directory: the run directory.
+        report: the HTML page in it.
+        results: the content of `results.json`.
+    """
+
+    directory: Path
+    report: Path
+    results: dict[str, Any]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema_version": 1,
+            "directory": str(self.directory),
+            "report": str(self.report),
+            "artifacts": self.results["artifacts"],
+            "checkpoints": self.results["checkpoints"],
+            "samples": self.results["samples"],
+            "warnings": self.results["warnings"],
+        }
+
+
+def run(recipe: str | Path, *overrides: str, fresh: bool = False, say: Say | None = None) -> RunResult:
+    """Run a recipe from the corpus to the report, or go on with it, or find that all is done.
+
+    Args:
+        recipe: path of the YAML file.
+        overrides: `section.key=value`.
+        fresh: remove what an earlier run left in the directory first.
+        say: receives lines of progress; standard error by default.
+
+    Raises:
+        RecipeErrors: the recipe is wrong. Locked: EW-402, another process works in the directory.
+        Interrupted: a signal; the same command goes on. Every other EdgewrightError as its part raises it.
+    """
+    from edgewright.recipe import load_recipe
+    from edgewright.training import StopRequest
+
+    say = say or _to_stderr
+    loaded = load_recipe(recipe, overrides)
+    directory = loaded.run_directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory), StopRequest().installed() as stop:
+        if fresh:
+            _clear(directory)
+        _write_provenance(Path(recipe), loaded, directory)
+        return _Run(loaded, directory, say).finish(stop)
+
+
+class _Run:
+    """The parts of a run, in order; each finds by itself what is done already."""
+
+    def __init__(self, recipe: Recipe, directory: Path, say: Say) -> None:
+        self.recipe = recipe
+        self.directory = directory
+        self.say = say
+
+    def finish(self, stop: Any) -> RunResult:
+        from edgewright.data import prepare_data
+        from edgewright.report import report
+        from edgewright.stage import StageResult, train_stage
+
+        corpus = prepare_data(self.recipe.data, self.directory / "data", say=self.say)
+        stages: dict[str, StageResult] = {}
+        for stage in self.recipe.stages:
+            models = {name: result.model for name, result in stages.items()}
+            folder = self.directory / "stages" / stage.name
+            stages[stage.name] = train_stage(
+                self.recipe, stage, corpus, folder, models, say=self.say, stop=stop
+            )
+        models = {name: result.model for name, result in stages.items()}
+        artifacts = self._export(models)
+        results = self._results(corpus, stages, artifacts)
+        page = report(self.directory)
+        return RunResult(directory=self.directory, report=page.path, results=results)
+
+    def _export(self, models: dict[str, Path]) -> dict[str, Path]:
+        """Every export of the recipe that is not there yet, certified; paths by export name."""
+        from edgewright.export import export
+        from edgewright.export.artifact import read_entry
+        from edgewright.export.source import weights_sha256
+
+        paths: dict[str, Path] = {}
+        for config in self.recipe.exports:
+            model = models.get(config.model, Path(config.model))
+            folder = self.directory / "exports" / config.name
+            done = _finished_export(folder, config.to, config.quant, weights_sha256(model), read_entry)
+            if done is not None:
+                self.say(f"{config.name}: exported already")
+                paths[config.name] = done
+                continue
+            started = time.perf_counter()
+            artifact = export(
+                model,
+                to=config.to,
+                quant=config.quant,
+                out=folder,
+                embedding_quant=config.embedding_quant,
+                verify=config.verify,
+                max_kl=config.max_kl,
+            )
+            paths[config.name] = artifact.path
+            kl = (artifact.parity or {}).get("kl")
+            self.say(
+                f"{config.name}: {artifact.bytes:,} bytes, gate {artifact.gate}"
+                + (f", KL {kl:.2e}" if kl is not None else "")
+                + f", {time.perf_counter() - started:.1f} s"
+            )
+            for fallback in artifact.fallbacks:
+                self.say(f"  {fallback.tensor} is stored as {fallback.quant}: {fallback.reason}")
+        return paths
+
+    def _results(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
+        """Measure everything, once: `results.json` remembers what it was measured from."""
+        target = self.directory / "results.json"
+        key = self._measured_from(corpus, artifacts)
+        if target.exists():
+            before: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+            if before.get("measured_from") == key:
+                self.say("measured already")
+                return before
+        results = self._measure(corpus, stages, artifacts)
+        results["measured_from"] = key
+        write_json(target, results)
+        return results
+
+    def _measured_from(self, corpus: Corpus, artifacts: dict[str, Path]) -> dict[str, Any]:
+        from edgewright.export.artifact import read_entry
+
+        recipe = self.recipe.model_dump(mode="json", include={"evaluate", "bench", "sample"})
+        entries = {name: read_entry(path) for name, path in artifacts.items()}
+        hashes = {name: None if entry is None else entry["sha256"] for name, entry in entries.items()}
+        return json.loads(json.dumps({"recipe": recipe, "artifacts": hashes, "data": corpus.fingerprint}))
+
+    def _measure(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
+        from edgewright.bench import bench
+        from edgewright.inventory import describe_model
+        from edgewright.machine import describe_machine
+
+        models = {config.model: None for config in self.recipe.exports} | {name: None for name in stages}
+        checkpoints = []
+        for name in models:
+            path = stages[name].model if name in stages else Path(name)
+            label = name if name in stages else path.name
+            quality = self._quality(path, label)
+            size = describe_model(path)
+            checkpoints.append(
+                {
+                    "name": label,
+                    "path": os.path.relpath(path, self.directory),
+                    "bits_per_byte": quality and quality.bits_per_byte,
+                    "ci95": quality and list(quality.ci95),
+                    "bytes": size.bytes,
+                    "parameters": _parameters(path),
+                }
+            )
+        rows = [self._artifact_row(name, path) for name, path in artifacts.items()]
+        warnings: list[str] = []
+        if self.recipe.bench and artifacts:
+            settings = self.recipe.bench
+            self.say(f"bench: {len(artifacts)} files, interleaved")
+            measured = bench(
+                *artifacts.values(),
+                prompt=settings.prompt,
+                generate=settings.generate,
+                repeats=settings.repeats,
+                threads=settings.threads,
+            )
+            warnings += measured.warnings
+            for row, speed in zip(rows, measured.artifacts, strict=True):
+                figures = speed.to_json()
+                row |= {name: figures[name] for name in _SPEED}
+        return {
+            "schema_version": 1,
+            "name": self.recipe.name,
+            "machine": describe_machine(threads=self.recipe.bench.threads if self.recipe.bench else None),
+            "artifacts": rows,
+            "checkpoints": checkpoints,
+            "samples": self._samples(artifacts),
+            "warnings": [*warnings, *_fallback_warnings(rows)],
+            "data": corpus.report,
+            "stages": [
+                {"name": s.name, "steps": s.steps, "tokens": s.tokens, "seconds": s.seconds} for s in stages.values()
+            ],
+        }
+
+    def _artifact_row(self, name: str, path: Path) -> dict[str, Any]:
+        from edgewright.export.artifact import read_entry, size_of
+
+        config = next(export for export in self.recipe.exports if export.name == name)
+        entry = read_entry(path)
+        assert entry is not None, "an artifact has a manifest"
+        parity = entry["parity"] or {}
+        quality = self._quality(path, name)
+        model = config.model if self.recipe.stage(config.model) else Path(config.model).name
+        return {
+            "name": name,
+            "path": os.path.relpath(path, self.directory),
+            "model": model,
+            "to": config.to,
+            "quant": config.quant,
+            "bytes": size_of(path),
+            "bits_per_byte": quality and quality.bits_per_byte,
+            "bits_per_byte_ci": quality and list(quality.ci95),
+            "gate": entry["gate"],
+            "fallbacks": entry["fallbacks"],
+            **{key: parity.get(key) for key in _PARITY},
+            **dict.fromkeys(_SPEED),
+        }
+
+    def _quality(self, path: Path, label: str) -> Any:
+        """Held-out bits per byte of a checkpoint or artifact in its own runtime; None when the recipe skips it."""
+        from edgewright.data import iterate_documents
+        from edgewright.evaluate import evaluate_session
+        from edgewright.export.runtimes import open_session
+
+        if self.recipe.evaluate is None:
+            return None
+        texts = [text for _, text in iterate_documents(self.recipe.data, split="held_out")]
+        limit = self.recipe.evaluate.max_tokens
+        with open_session(path) as session:
+            documents = ((session.tokenize(text), len(text.encode())) for text in texts)
+            quality = evaluate_session(
+                session,
+                documents,
+                max_tokens=limit or sys.maxsize,
+                max_tokens_per_document=None if limit is None else -(-limit // len(texts)),
+                window=self.recipe.data.sequence_length,
+            )
+        self.say(f"{label}: {quality.bits_per_byte:.4f} bits per byte on {quality.tokens:,} held-out tokens")
+        return quality
+
+    def _samples(self, artifacts: dict[str, Path]) -> list[dict[str, str]]:
+        from edgewright.generate import generate
+
+        settings = self.recipe.sample
+        if settings is None:
+            return []
+        samples = []
+        for name, path in artifacts.items():
+            written = generate(
+                path,
+                settings.prompt,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=self.recipe.seed,
+            )
+            samples.append({"artifact": name, "prompt": settings.prompt, "text": written.text})
+        return samples
+
+
+_PARITY = ("kl", "kl_ci", "max_abs_diff", "top1_agreement", "greedy_identity", "lattice_identity")
+_SPEED = (
+    "ttft_ms",
+    "prompt_tokens_per_s",
+    "prompt_tokens_per_s_sd",
+    "tokens_per_s",
+    "tokens_per_s_sd",
+    "peak_memory",
+    "baseline_memory",
+)
+
+
+def _finished_export(folder: Path, to: str, quant: str, weights: str, read_entry: Callable[[Path], Any]) -> Path | None:
+    """The artifact in an export's folder, if it was made from these weights."""
+    candidates = [folder, *folder.glob("*.gguf")] if folder.is_dir() else []
+    for path in candidates:
+        entry = read_entry(path)
+        if entry and (entry["to"], entry["quant"], entry["made_from"]["sha256"]) == (to, quant, weights):
+            return path
+    return None
+
+
+def _fallback_warnings(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{row['name']}: {len(row['fallbacks'])} tensors are stored wider than {row['quant']}, "
+        "because its blocks cannot hold their rows."
+        for row in rows
+        if row["fallbacks"]
+    ]
+
+
+def _parameters(directory: Path) -> int:
+    """Number of stored parameters, from the headers of the safetensors files (tied weights once)."""
+    import math
+
+    from safetensors import safe_open
+
+    total = 0
+    for path in sorted(directory.glob("model*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process per run directory. The operating system drops the lock when its holder dies."""
+    from filelock import FileLock, Timeout
+
+    holder, lock = directory / "lock.json", FileLock(directory / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = json.loads(holder.read_text(encoding="utf-8")) if holder.exists() else {}
+        raise Locked(
+            "EW-402",
+            "another process works in this run directory",
+            where=directory.absolute(),
+            found=f"process {who.get('pid', 'unknown')} on {who.get('host', 'unknown')}, since {who.get('since', '?')}",
+            fix="wait for it or stop it, or choose another output_dir",
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _clear(directory: Path) -> None:
+    for name in ("data", "stages", "exports"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("results.json", "report.html"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _write_provenance(source: Path, recipe: Recipe, directory: Path) -> None:
+    from edgewright.machine import describe_machine
+
+    resolved = directory / "recipe.resolved.yaml"
+    if source.resolve() != resolved.resolve():
+        write_text(directory / "recipe.yaml", source.read_text(encoding="utf-8"))
+    recipe.dump_yaml(resolved)
+    write_json(directory / "env.json", describe_machine())
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+sys.modules[__name__].__class__ = VerbModule
