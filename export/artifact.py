@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from edgewright.export.guard import read_json
+from edgewright.files import sha256_file, write_json
 
 MANIFEST = "edgewright.json"
 SCHEMA_VERSION = 1
@@ -112,9 +110,9 @@ def size_of(artifact: Path) -> int:
 
 def hash_of(artifact: Path) -> str:
     """sha256 of a file; of a folder, of the lines `sha256 name` of its files but the manifest."""
-    digests = [(_sha256(path), path.name) for path in _content(artifact)]
     if artifact.is_file():
-        return digests[0][0]
+        return sha256_file(artifact)
+    digests = [(sha256_file(path), path.relative_to(artifact).as_posix()) for path in _content(artifact)]
     return hashlib.sha256("".join(f"{digest} {name}\n" for digest, name in digests).encode()).hexdigest()
 
 
@@ -122,30 +120,6 @@ def _content(artifact: Path) -> list[Path]:
     if artifact.is_file():
         return [artifact]
     return sorted(path for path in artifact.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically and durably."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

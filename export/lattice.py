@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
 from edgewright.errors import BadInput
 
 Levels = Literal["ternary", "int4", "int8"]

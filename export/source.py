@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from edgewright.errors import BadInput
 from edgewright.export.guard import MAX_INDEX_BYTES, check_model_directory, read_json
 from edgewright.export.lattice import SIDECAR, LatticeTensor, detect_ternary, load_sidecar
@@ -109,6 +110,21 @@ def load_source(directory: Path | str) -> Source:
         files=files,
         sha256=_hash_files(sorted(set(files.values()))),
     )
+
+
+def special_ids(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], kind: str, tokens: Sequence[str]
+) -> list[int]:
+    """The ids of a kind of special token (`bos`, `eos`, `pad`), the first being the main one; empty when there is none.
+
+    What config.json says counts; else the text that tokenizer_config.json names, looked up in `tokens` (text by id).
+    """
+    found = config.get(f"{kind}_token_id")
+    if found is not None:
+        return [int(index) for index in (found if isinstance(found, list) else [found])]
+    text = tokenizer_config.get(f"{kind}_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    return [tokens.index(text)] if text in tokens else []
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
 from edgewright.errors import BadInput
 
 Logits = Literal["all", "last", "none"]
@@ -112,19 +113,41 @@ class Session(ABC):
     def __exit__(self, *unused: object) -> None:
         self.close()
 
-    def check_room(self, tokens: Sequence[int]) -> None:
+    def check_generation(self, tokens: Sequence[int], max_new_tokens: int) -> None:
+        """Refuse a prompt that is empty, or that leaves no room for that many new tokens.
+
+        Raises:
+            BadInput: EW-602, EW-606.
+        """
+        if not tokens:
+            raise BadInput(
+                "EW-606",
+                "there is nothing to generate from",
+                where=self.path,
+                expected="a prompt of at least one token",
+                fix=f"start with the token {self.start_id}",
+            )
+        self.check_room(tokens, held=0, more=max_new_tokens - 1)
+
+    def check_room(self, tokens: Sequence[int], *, held: int | None = None, more: int = 0) -> None:
         """Refuse tokens that the cache has no room for, or that the vocabulary does not have.
+
+        Args:
+            tokens: what comes next.
+            held: tokens in the cache before them; by default what it holds now.
+            more: tokens that will follow them.
 
         Raises:
             BadInput: EW-602.
         """
-        if self.length + len(tokens) > self.context_length:
+        total = (self.length if held is None else held) + len(tokens) + more
+        if total > self.context_length:
             raise BadInput(
                 "EW-602",
                 "the text is longer than the model's context",
                 where=self.path,
                 expected=f"at most {self.context_length} tokens",
-                found=f"{self.length + len(tokens)} tokens",
+                found=f"{total} tokens",
                 fix="shorten the prompt, or ask for fewer tokens",
             )
         for token in tokens:

@@ -1,0 +1,229 @@
+"""llama.cpp, through the C functions of llama-cpp-python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+
+from edgewright.errors import BadInput
+from edgewright.export.guard import check_gguf
+from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
+from edgewright.machine import available_cores
+
+MAX_CONTEXT = 4096
+"""Tokens of cache at most, unless asked for more: a cache for all that a model could hold may not fit in memory."""
+BATCH = 512
+_F32 = 0
+
+_problems: list[str] = []
+
+
+@llama_cpp.llama_log_callback
+def _keep_problems(level: int, text: bytes, unused: Any) -> None:
+    """Keep what llama.cpp has to say for error messages, off the terminal."""
+    if level >= 3:  # warnings and errors
+        del _problems[:-8]
+        _problems.append(text.decode(errors="replace").strip())
+
+
+class LlamaCppSession(Session):
+    """A GGUF file. Keys and values are cached in float32 and flash attention is off, so that logits can be compared."""
+
+    runtime = "llamacpp"
+
+    def __init__(self, path: Path, *, threads: int | None = None, context_length: int | None = None) -> None:
+        check_gguf(path)
+        self.path = path
+        _problems.clear()
+        llama_cpp.llama_log_set(_keep_problems, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self._context: Any = None
+        self._model: Any = None
+        self._batch: Any = None
+        settings = llama_cpp.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+        if not self._model:
+            raise _refused(path)
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
+        trained = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        self.context_length = min(trained, context_length or MAX_CONTEXT)
+        self._open_context(threads or available_cores())
+        self._length = 0
+        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=_all_f32(path))
+        is_end = llama_cpp.llama_vocab_is_eog
+        self.eos_ids = frozenset(token for token in range(self.vocab_size) if is_end(self._vocabulary, token))
+        bos = int(llama_cpp.llama_vocab_bos(self._vocabulary))
+        self.start_id = bos if bos >= 0 else int(llama_cpp.llama_vocab_eos(self._vocabulary))
+
+    def _open_context(self, threads: int) -> None:
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = self.context_length
+        settings.n_batch = settings.n_ubatch = min(BATCH, self.context_length)
+        settings.n_threads = settings.n_threads_batch = threads
+        settings.type_k = settings.type_v = _F32
+        settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.offload_kqv = settings.op_offload = False
+        settings.no_perf = True
+        self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        if not self._context:
+            self.close()
+            raise _refused(self.path)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        fields = (self._batch.token, self._batch.pos, self._batch.logits, self._batch.n_seq_id)
+        self._tokens, self._positions, self._wanted, counts = (
+            np.ctypeslib.as_array(field, shape=(BATCH,)) for field in fields
+        )
+        counts[:] = 1
+        for index in range(BATCH):
+            self._batch.seq_id[index][0] = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
+        self._check_open()
+        self.check_room(tokens)
+        rows = np.empty((len(tokens) if logits == "all" else 1, self.vocab_size), np.float32)
+        size = min(BATCH, self.context_length)
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
+            is_last = start + size >= len(tokens)
+            found = self._decode(part, "last" if logits == "none" and is_last else logits, is_last)
+            if logits == "all":
+                rows[start : start + len(part)] = found
+            elif is_last:
+                rows[:] = found
+        return None if logits == "none" else rows
+
+    def _decode(self, tokens: Sequence[int], logits: Logits, is_last: bool) -> np.ndarray:
+        """Run at most one batch; the logits of the rows asked for, a view that the next call overwrites."""
+        count = len(tokens)
+        self._batch.n_tokens = count
+        self._tokens[:count] = tokens
+        self._positions[:count] = np.arange(self._length, self._length + count)
+        self._wanted[:count] = logits == "all"
+        if is_last:
+            self._wanted[count - 1] = 1
+        status = llama_cpp.llama_decode(self._context, self._batch)
+        if status != 0:
+            raise _refused(self.path, f"llama_decode gave {status} for {count} tokens")
+        self._length += count
+        outputs = int(self._wanted[:count].sum())
+        if not outputs:
+            return np.empty((0, self.vocab_size), np.float32)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), shape=(outputs, self.vocab_size))
+
+    def rewind(self, length: int) -> None:
+        self._check_open()
+        if length < self._length:
+            llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1)
+            self._length = length
+
+    def native_generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        draft: Session | None = None,
+    ) -> list[int]:
+        self._check_open()
+        self.check_generation(tokens, max_new_tokens)
+        if draft is not None:
+            raise BadInput(
+                "EW-605",
+                "this runtime takes no draft model",
+                where=self.path,
+                fix="generate without a draft",
+            )
+        self.rewind(0)
+        new: list[int] = []
+        sampler = _sampler(temperature, seed)
+        try:
+            self.append(tokens, "none")
+            while len(new) < max_new_tokens:
+                token = int(llama_cpp.llama_sampler_sample(sampler, self._context, -1))
+                if stop_at_eos and token in self.eos_ids:
+                    break
+                new.append(token)
+                if len(new) < max_new_tokens:
+                    self._decode([token], "last", True)
+        finally:
+            llama_cpp.llama_sampler_free(sampler)
+        return new
+
+    def tokenize(self, text: str) -> list[int]:
+        self._check_open()
+        data = text.encode()
+        room = len(data) + 2
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocabulary, data, len(data), tokens, room, False, False)
+        assert count >= 0  # a text has no more tokens than bytes, but for a space in front
+        return list(tokens[:count])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        self._check_open()
+        plain = [token for token in tokens if not llama_cpp.llama_vocab_is_control(self._vocabulary, token)]
+        array = (llama_cpp.llama_token * len(plain))(*plain)
+        room = 16 * len(plain) + 16
+        while True:
+            text = ctypes.create_string_buffer(room)
+            size = llama_cpp.llama_detokenize(self._vocabulary, array, len(plain), text, room, False, False)
+            if size >= 0:
+                return text.raw[:size].decode(errors="replace")
+            room = -size
+
+    def memory(self) -> int:
+        return resident_memory()
+
+    def close(self) -> None:
+        if self._batch is not None:
+            llama_cpp.llama_batch_free(self._batch)
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    def _check_open(self) -> None:
+        if self._context is None:
+            raise ValueError("this session is closed")
+
+
+def _sampler(temperature: float, seed: int) -> Any:
+    """llama.cpp's own sampler: greedy, or temperature and a draw."""
+    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    if temperature > 0:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(temperature))
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
+    else:
+        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
+    return chain
+
+
+def _all_f32(path: Path) -> bool:
+    """llama.cpp rounds or quantizes activations to suit every matrix that is not float32."""
+    return all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in gguf.GGUFReader(path).tensors)
+
+
+def _refused(path: Path, what: str = "llama.cpp cannot open this file") -> BadInput:
+    return BadInput(
+        "EW-604",
+        what,
+        where=path.absolute(),
+        expected="a GGUF model that this llama.cpp knows",
+        found="; ".join(_problems[-3:]) or None,
+        fix="export the model again, or install a newer llama-cpp-python",
+    )

@@ -1,0 +1,73 @@
+"""Which runtime opens which path."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+from edgewright.errors import BadInput
+from edgewright.export.runtimes.session import Session
+
+SESSIONS = {
+    "torch": ("torch_session", "TorchSession", "torch", "pip install edgewright"),
+    "llamacpp": ("llamacpp", "LlamaCppSession", "llama_cpp", "pip install 'edgewright[llamacpp]'"),
+    "genai": ("genai", "GenaiSession", "onnxruntime_genai", "pip install 'edgewright[genai]'"),
+}
+"""For each runtime its module and class, the package it needs, and the line that installs that."""
+
+
+def open_session(path: Path | str, *, threads: int | None = None) -> Session:
+    """Open a model in the runtime that it is for.
+
+    Args:
+        path: a Hugging Face directory (torch, float32), a .gguf file or a folder with exactly one (llama.cpp), or a
+            folder with genai_config.json (ONNX Runtime GenAI).
+        threads: of the runtime; by default its own choice.
+
+    Raises:
+        BadInput: EW-601, this is none of them; EW-603, the runtime is not installed; and what the runtime refuses.
+    """
+    runtime, target = _runtime_of(Path(path))
+    module, name, package, install = SESSIONS[runtime]
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(
+            "EW-603",
+            f"the runtime of this model is not installed: {package}",
+            where=target.absolute(),
+            fix=install,
+        )
+    session: Session = vars(importlib.import_module(f"edgewright.export.runtimes.{module}"))[name](
+        target, threads=threads
+    )
+    return session
+
+
+def _runtime_of(path: Path) -> tuple[str, Path]:
+    """The runtime of a path, and what to open with it."""
+    if path.is_file() and path.suffix == ".gguf":
+        return "llamacpp", path
+    if not path.is_dir():
+        raise _not_a_model(path, "this file is not a model" if path.exists() else "there is no such model", None)
+    if (path / "genai_config.json").is_file():
+        return "genai", path
+    files = sorted(file for file in path.glob("*.gguf") if not file.name.startswith("."))
+    if len(files) == 1:
+        return "llamacpp", files[0]
+    if files:
+        raise _not_a_model(path, "this folder holds several models", ", ".join(file.name for file in files))
+    if (path / "config.json").is_file():
+        return "torch", path
+    names = sorted(entry.name for entry in path.iterdir())
+    raise _not_a_model(path, "this folder holds no model", ", ".join(names[:8]) or "an empty folder")
+
+
+def _not_a_model(path: Path, what: str, found: str | None) -> BadInput:
+    return BadInput(
+        "EW-601",
+        what,
+        where=path.absolute(),
+        expected="a Hugging Face model directory, a .gguf file, or a folder with genai_config.json",
+        found=found,
+        fix="name the file or the directory itself",
+    )

@@ -1,0 +1,137 @@
+"""transformers on torch, in float32: the reference that every exported file is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from edgewright.errors import BadInput
+from edgewright.export.guard import read_json
+from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
+from edgewright.export.source import special_ids
+from edgewright.student import load_model
+
+
+class TorchSession(Session):
+    """A Hugging Face model directory, computed in float32 with scaled-dot-product attention."""
+
+    runtime = "torch"
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.path = path
+        disable_progress_bar()
+        self._model: PreTrainedModel | None = load_model(path)
+        self._model.generation_config = GenerationConfig()
+        self._model.eval()
+        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        self._tokenizer.encode_special_tokens = True
+        self._cache = DynamicCache()
+        config = self._model.config
+        self.vocab_size = int(config.vocab_size)
+        self.context_length = int(config.max_position_embeddings)
+        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=True)
+        eos, start = self._special("eos"), self._special("bos") or self._special("eos")
+        self.start_id = start[0] if start else 0
+        self.eos_ids = frozenset(eos)
+
+    def _special(self, kind: str) -> list[int]:
+        extra = self.path / "tokenizer_config.json"
+        tokens = [self._tokenizer.id_to_token(index) or "" for index in range(self._tokenizer.get_vocab_size())]
+        return special_ids(
+            read_json(self.path / "config.json"), read_json(extra) if extra.exists() else {}, kind, tokens
+        )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The open model.
+
+        Raises:
+            ValueError: the session is closed.
+        """
+        if self._model is None:
+            raise ValueError("this session is closed")
+        return self._model
+
+    @property
+    def length(self) -> int:
+        return int(self._cache.get_seq_length())
+
+    def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
+        self.check_room(tokens)
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=torch.tensor([list(tokens)]),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=0 if logits == "all" else 1,
+            )
+        return None if logits == "none" else output.logits[0].float().numpy().copy()
+
+    def rewind(self, length: int) -> None:
+        if length == 0:
+            self._cache = DynamicCache()
+        elif length < self.length:
+            self._cache.crop(length - self.length)
+
+    def native_generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        draft: Session | None = None,
+    ) -> list[int]:
+        self.check_generation(tokens, max_new_tokens)
+        if draft is not None and not isinstance(draft, TorchSession):
+            raise BadInput(
+                "EW-604",
+                "this draft is open in another runtime",
+                where=draft.path,
+                expected="torch",
+                found=draft.runtime,
+            )
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_k=0 if temperature > 0 else None,
+            eos_token_id=sorted(self.eos_ids) if stop_at_eos and self.eos_ids else None,
+            pad_token_id=0,
+        )
+        model: Any = self.model
+        prompt = torch.tensor([list(tokens)])
+        self.rewind(0)
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            whole = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=settings,
+                assistant_model=None if draft is None else draft.model,
+            )
+        new = [int(token) for token in whole[0, len(tokens) :]]
+        return new[:-1] if stop_at_eos and new and new[-1] in self.eos_ids else new
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def memory(self) -> int:
+        return resident_memory()
+
+    def close(self) -> None:
+        self._model = None
+        self._cache = DynamicCache()
