@@ -12,6 +12,7 @@ import numpy as np
 
 from edgewright.data.order import EndlessOrder
 from edgewright.data.shards import TokenStream
+from edgewright.errors import BadInput
 
 IGNORED = -100
 """A label that is not counted, as everywhere in PyTorch."""
@@ -47,6 +48,9 @@ class Batches:
         restart_at_documents: whether attention and positions start anew at each document.
         start_id: token that starts a document.
         eos_id: token that ends one; the same as `start_id` where one token does both.
+
+    Raises:
+        BadInput: EW-212, the stream is shorter than one sequence.
     """
 
     def __init__(
@@ -64,7 +68,16 @@ class Batches:
         self.restart_at_documents = restart_at_documents
         self.start_id = start_id
         self.eos_id = eos_id
-        self._order = EndlessOrder(sequences(len(stream), sequence_length), seed)
+        count = sequences(len(stream), sequence_length)
+        if not count:
+            raise BadInput(
+                "EW-212",
+                "the text is shorter than one sequence",
+                expected=f"more than {sequence_length:,} tokens",
+                found=f"{len(stream):,} tokens",
+                fix="give more text, or lower the sequence length",
+            )
+        self._order = EndlessOrder(count, seed)
 
     def __len__(self) -> int:
         """Sequences of one epoch."""

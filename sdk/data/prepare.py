@@ -86,6 +86,20 @@ def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
     return corpus
 
 
+def check_data(config: Source) -> None:
+    """Find out in a moment whether `prepare_data` could start: files, tokenizer, and the first document.
+
+    Raises:
+        BadInput, NeedsNetwork: as `prepare_data`.
+    """
+    config.fingerprint()
+    if isinstance(config.tokenizer, PretrainedTokenizer):
+        load_encoder(config.tokenizer.path)
+    counts = Counts()
+    if next(_documents(config, counts, None), None) is None:
+        raise _empty(counts)
+
+
 def _fingerprint(config: Source) -> str:
     """Hash of all that decides the bytes on disk, without reading the text."""
     settings = config.model_dump(mode="json", exclude={"sequence_length", "restart_at_documents", "files", "path"})
@@ -120,7 +134,7 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
         if (directory / "tokenizer" / name).is_file()
     }
     sync_tree(directory)
-    index = {
+    index: dict[str, Any] = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "vocab_size": encoder.vocab_size,
@@ -219,13 +233,7 @@ def _batched(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWriter]) -> None:
     if not counts.documents:
-        raise BadInput(
-            "EW-210",
-            "the corpus is empty",
-            expected="at least a few documents with text",
-            found=counts.summary(),
-            fix="check data.files and data.on_bad_text",
-        )
+        raise _empty(counts)
     for split, writer in writers.items():
         if not writer.documents:
             raise BadInput(
@@ -237,6 +245,17 @@ def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWr
                 fix="change data.held_out (0.2, say), give more documents, or set data.separator to what stands "
                 "between the documents of your .txt file, for instance a blank line",
             )
+
+
+def _empty(counts: Counts) -> BadInput:
+    return BadInput(
+        "EW-210",
+        "the corpus is empty",
+        where="data",
+        expected="at least a few documents with text",
+        found=counts.summary(),
+        fix="check which files data.files names, and data.on_bad_text",
+    )
 
 
 def _check_length(corpus: Corpus, config: Source) -> None:

@@ -122,14 +122,14 @@ def screen(
             else:
                 seen.add(examined.digest)
                 counts.documents += 1
-                counts.bytes += examined.bytes
+                counts.bytes += examined.size
                 counts.replaced += examined.replaced
-                yield Document(raw.id, examined.bytes, examined.texts)
+                yield Document(raw.id, examined.size, examined.texts)
 
 
 @dataclass(frozen=True, slots=True)
 class _Examined:
-    bytes: int
+    size: int
     digest: bytes
     blank: bool
     replaced: bool
