@@ -153,6 +153,7 @@ def pack(built: Path, source: Source, directory: Path, *, quant: str, embedding_
     _check_head_size(source, decoder["head_size"])
     if split_rotary(graph, head_size=decoder["head_size"]):
         decoder["inputs"]["position_ids"] = "position_ids"
+    _name_start_token(config["model"], source)
     _save(graph.finish(), directory)
     _write_text(directory / "genai_config.json", json.dumps(config, indent=2) + "\n")
     _copy_tokenizer(built, source, directory)
@@ -359,6 +360,15 @@ def _check_head_size(source: Source, size: int) -> None:
             found=size,
             fix="export to gguf",
         )
+
+
+def _name_start_token(model: dict[str, Any], source: Source) -> None:
+    """Where a checkpoint has no BOS a text starts with EOS; the builder would write id 1."""
+    bos = source.config.get("bos_token_id")
+    if bos is None and source.tokenizer_config.get("bos_token") is None:
+        end = source.config.get("eos_token_id")
+        end = model["eos_token_id"] if end is None else end
+        model["bos_token_id"] = end[0] if isinstance(end, list) else end
 
 
 def _save(model: Any, directory: Path) -> None:

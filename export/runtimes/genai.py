@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class GenaiSession(Session):
         threads: of the runtime's thread pool; None leaves the choice to the runtime.
 
     Raises:
-        BadInput: EW-603 without onnxruntime-genai, EW-604 when the runtime cannot open the folder.
+        BadInput: EW-604 when the runtime cannot open the folder.
     """
 
     runtime = "genai"
@@ -36,8 +37,6 @@ class GenaiSession(Session):
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         og = _runtime()
         from tokenizers import Tokenizer
-
-        from edgewright.export.onnx_reader import quantizes_activations
 
         self.path = path
         model = _model_section(path)
@@ -55,12 +54,18 @@ class GenaiSession(Session):
             self._model: Any = og.Model(config)
         except RuntimeError as error:
             raise _cannot_open(path, error) from error
-        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=not quantizes_activations(path))
         self._tokenizer: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
         self._tokenizer.encode_special_tokens = True
         self._generator: Any = None
         self._capacity = 0
         self._tokens: list[int] = []
+
+    @cached_property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        # On demand: the package onnx takes as much memory as a small model, and who measures that does not ask.
+        from edgewright.export.onnx_reader import quantizes_activations
+
+        return Capabilities(logits=True, rewind=True, fp32_compute=not quantizes_activations(self.path))
 
     @property
     def length(self) -> int:
@@ -75,10 +80,12 @@ class GenaiSession(Session):
         self._tokens.extend(tokens)
         if logits == "none":
             return None
-        rows: np.ndarray = self._generator.get_output("logits")[0]
+        if logits == "last":
+            return np.asarray(self._generator.get_logits()[0], np.float32)
+        rows = np.asarray(self._generator.get_output("logits")[0], np.float32)
         if len(rows) != len(tokens):
-            raise _cannot_open(self.path, f"logits of {len(rows)} of {len(tokens)} tokens")
-        return np.array(rows if logits == "all" else rows[-1:], np.float32)
+            raise _cannot_open(self.path, f"a graph that gives logits of {len(rows)} of {len(tokens)} tokens")
+        return rows
 
     def rewind(self, length: int) -> None:
         assert 0 <= length <= self.length
@@ -104,8 +111,8 @@ class GenaiSession(Session):
                 expected="no draft",
                 fix="open a folder that holds target and draft",
             )
+        self.check_room(tokens, held=0, more=max_new_tokens)
         self.rewind(0)
-        self.check_room([*tokens, *[0] * max_new_tokens])
         generator = self._new_generator(
             len(tokens) + max_new_tokens,
             do_sample=temperature > 0,
@@ -160,16 +167,8 @@ class GenaiSession(Session):
 
 def _runtime() -> Any:
     """The package, with its telemetry off."""
-    try:
-        import onnxruntime_genai
-    except ImportError as error:
-        raise BadInput(
-            "EW-603",
-            "ONNX Runtime GenAI is not installed",
-            expected="the package onnxruntime-genai",
-            found=error,
-            fix='pip install "edgewright[genai]"',
-        ) from error
+    import onnxruntime_genai
+
     onnxruntime_genai.disable_telemetry_events()
     return onnxruntime_genai
 
@@ -177,8 +176,8 @@ def _runtime() -> Any:
 def _model_section(path: Path) -> dict[str, Any]:
     """The `model` of genai_config.json, with the keys that a session needs."""
     model = read_json(path / "genai_config.json").get("model")
-    needed = {"vocab_size": int, "context_length": int, "eos_token_id": (int, list)}
-    if not isinstance(model, dict) or not all(isinstance(model.get(key), kind) for key, kind in needed.items()):
+    needed = ("vocab_size", "context_length", "eos_token_id")
+    if not isinstance(model, dict) or not all(isinstance(model.get(key), int | list) for key in needed):
         raise _cannot_open(path, f"a genai_config.json without {', '.join(needed)}")
     return model
 

@@ -1,0 +1,143 @@
+"""Small Llama checkpoints for the export tests, and what the GenAI builder makes of them (slow: once)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+STORIES = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """The trained 260K model; skips where it is not there."""
+    if not STORIES.is_dir():
+        pytest.skip("the trained model stories260K is not beside the repository")
+    return STORIES.resolve()
+
+
+def save_byte_tokenizer(directory: Path, *, bos: bool) -> int:
+    """A byte-level BPE tokenizer of some 290 tokens; gives its size back."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>", "<|begin|>"] if bos else ["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["def add(a, b):\n    return a + b\n" * 20, "the quick brown fox " * 20], trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    settings |= {"bos_token": "<|begin|>"} if bos else {}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer.get_vocab_size()
+
+
+def make_ternary(weight: np.ndarray, group: int | None, *, per_tensor: bool = False) -> np.ndarray:
+    """Absmean ternary with scales that fp16 and bf16 hold."""
+    import torch
+
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, -1, group or columns)
+    mean = np.abs(weight).mean(keepdims=True)[..., None] if per_tensor else np.abs(groups).mean(axis=2, keepdims=True)
+    scale = torch.from_numpy(mean).to(torch.bfloat16).to(torch.float16).float().numpy()
+    return (np.clip(np.rint(groups / scale), -1, 1) * scale).astype(np.float32).reshape(rows, columns)
+
+
+@pytest.fixture(scope="session")
+def ternary_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied, no BOS, 128 divides all dimensions; scales per tensor (layer 0's attention), per 256 (down_proj) or row."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("ternary_model")
+    vocabulary = save_byte_tokenizer(directory, bos=False)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(config)
+    state = model.state_dict()
+    for name, value in state.items():
+        if name.endswith("norm.weight"):
+            value.uniform_(0.8, 1.2)
+        elif "_proj" in name:
+            kind = {"per_tensor": "layers.0.self_attn" in name, "group": 256 if "down_proj" in name else None}
+            value.copy_(torch.from_numpy(make_ternary(4 * value.numpy(), **kind)))  # type: ignore[arg-type]
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def awkward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied, with BOS, bf16 weights, heads of 24, no dimension that 32 divides; layer 1 is ternary, its v_proj not."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("awkward_model")
+    vocabulary = save_byte_tokenizer(directory, bos=True)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=72,
+        head_dim=24,
+        intermediate_size=100,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=0,
+    )
+    torch.manual_seed(2)
+    model = LlamaForCausalLM(config)
+    for name, value in model.state_dict().items():
+        if "layers.1" in name and "_proj" in name and "v_proj" not in name:
+            value.copy_(torch.from_numpy(make_ternary(value.numpy(), None)))
+        elif "_proj" in name or "lm_head" in name:
+            value.mul_(4)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def _built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from edgewright.export.to_genai import build
+
+    pytest.importorskip("onnxruntime_genai")
+    directory = tmp_path_factory.mktemp("built") / model.name
+    build(model, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def ternary_built(ternary_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The builder's fp32 folder of `ternary_model`."""
+    return _built(ternary_model, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def awkward_built(awkward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The builder's fp32 folder of `awkward_model`."""
+    return _built(awkward_model, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stories_built(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The builder's fp32 folder of `stories`."""
+    return _built(stories, tmp_path_factory)
