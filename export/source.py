@@ -108,8 +108,19 @@ def load_source(directory: Path | str) -> Source:
         tokenizer_config=read_json(optional) if optional.exists() else {},
         lattice=_checked_sidecar(directory, files) if (directory / SIDECAR).exists() else _detected(files),
         files=files,
-        sha256=_hash_files(sorted(set(files.values()))),
+        sha256=weights_sha256(directory),
     )
+
+
+def weights_sha256(directory: Path) -> str:
+    """sha256 over the safetensors files of a model, in the order of their names; the lattice's file is not one."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name != SIDECAR:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
 
 
 def special_ids(
@@ -197,12 +208,3 @@ def _difference(weight: np.ndarray, other: np.ndarray) -> str:
     if weight.shape != other.shape:
         return f"shapes {weight.shape} and {other.shape}"
     return f"{np.count_nonzero(weight != other)} of {weight.size} values differ"
-
-
-def _hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -28,7 +28,7 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
     Raises:
         BadInput: EW-601, this is none of them; EW-603, the runtime is not installed; and what the runtime refuses.
     """
-    runtime, target = _runtime_of(Path(path))
+    runtime, target = runtime_of(Path(path))
     module, name, package, install = SESSIONS[runtime]
     if importlib.util.find_spec(package) is None:
         raise BadInput(
@@ -43,8 +43,12 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
     return session
 
 
-def _runtime_of(path: Path) -> tuple[str, Path]:
-    """The runtime of a path, and what to open with it."""
+def runtime_of(path: Path) -> tuple[str, Path]:
+    """The runtime of a path, a key of `SESSIONS`, and the file or folder to open with it.
+
+    Raises:
+        BadInput: EW-601.
+    """
     if path.is_file() and path.suffix == ".gguf":
         return "llamacpp", path
     if not path.is_dir():
