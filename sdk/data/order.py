@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 _ROUNDS = 6
-_MINIMUM_HALF_BITS = 4
+_MINIMUM_HALF_BITS = 2
 """Fewer bits would leave a small corpus only a handful of different orders."""
 
 

@@ -101,6 +101,10 @@ def _xz(file: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
+_ZST_BITE = 1 << 8
+"""A block of four bytes may hold 128 KiB of text, so this bounds what comes out at once to 8 MiB."""
+
+
 def _zst(file: IO[bytes]) -> Iterator[bytes]:
     try:
         import zstandard
@@ -108,21 +112,23 @@ def _zst(file: IO[bytes]) -> Iterator[bytes]:
         raise BadInput(
             "EW-207", "reading .zst files needs the package zstandard", fix="pip install 'edgewright[data]'"
         ) from error
-    frame = None
+    frame, buffer = None, bytearray()
     try:
-        # Small bites: one block of a few bytes may hold 128 KiB of text.
-        while bite := file.read(1 << 10):
+        while bite := file.read(_ZST_BITE):
             while bite:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                if chunk := frame.decompress(bite):
-                    yield chunk
+                buffer += frame.decompress(bite)
                 bite = b""
                 if frame.eof:
                     bite, frame = frame.unused_data, None
+            if len(buffer) >= CHUNK_BYTES:
+                yield bytes(buffer)
+                buffer.clear()
     except zstandard.ZstdError as error:
         raise EOFError(str(error)) from error
     if frame is not None:
         raise EOFError("the file ends inside a frame")
+    yield bytes(buffer)
 
 
 _OPENERS: dict[str, Opener] = {".gz": _gz, ".xz": _xz, ".zst": _zst}
@@ -183,7 +189,7 @@ def _split(texts: Iterator[str], separator: str) -> Iterator[tuple[int, int, str
     """Yield `(number of the document, line where it starts, text)`; a line break on either side of a separator goes."""
     index, line, rest = 0, 1, ""
     start, fresh = 1, False
-    for text in chain(texts, (separator,)):  # the end of the file ends a document as well
+    for text in texts:
         *complete, rest = (rest + text).split(separator)
         for part in complete:
             yield index, start, (part.removeprefix("\n") if fresh else part).removesuffix("\n")
@@ -194,6 +200,7 @@ def _split(texts: Iterator[str], separator: str) -> Iterator[tuple[int, int, str
             yield index, start, ready.removeprefix("\n") if fresh else ready
             line += ready.count("\n")
             fresh = False
+    yield index, start, rest.removeprefix("\n") if fresh else rest
 
 
 def _read_jsonl(chunks: Iterator[bytes], path: Path, document_id: str, form: TextFormat) -> Iterator[RawDocument]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edgewright.data import IGNORED, Batches, TokenStream
 from edgewright.errors import BadInput
-from hypothesis import given
-from hypothesis import strategies as st
 
 BOS, EOS = 1, 2
 
@@ -25,6 +26,7 @@ def batches(tokens: list[int], length: int, *, start: int = EOS, restart: bool =
 tokens_lists = st.lists(st.integers(1, 9), min_size=20, max_size=200)
 
 
+@settings(deadline=None, max_examples=50)
 @given(tokens_lists, st.integers(2, 12))
 def test_rows_rebuild_the_stream_and_labels_are_the_next_tokens(tokens: list[int], length: int) -> None:
     data = batches(tokens, length)
@@ -36,6 +38,7 @@ def test_rows_rebuild_the_stream_and_labels_are_the_next_tokens(tokens: list[int
     assert batch.document_ids.dtype == np.int32
 
 
+@settings(deadline=None, max_examples=50)
 @given(tokens_lists, st.integers(2, 12), st.sampled_from([BOS, EOS]))
 def test_positions_and_segments_against_a_plain_loop(tokens: list[int], length: int, start: int) -> None:
     data = batches(tokens, length, start=start)
@@ -72,6 +75,7 @@ def test_documents_may_flow_into_each_other_if_the_recipe_says_so() -> None:
     assert not batch.document_ids.any() and not batch.has_borders
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 100), st.integers(1, 9), st.integers(1, 9))
 def test_the_order_does_not_depend_on_the_batch_size(position: int, first: int, second: int) -> None:
     data = batches(list(range(10, 10 + 7 * 5 + 1)), 5)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edgewright.data.order import EndlessOrder
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from edgewright.data.order import EndlessOrder
 
 
 @pytest.mark.parametrize("count", [*range(1, 40), 255, 256, 257, 1000, 4095, 4097, 100_003])
@@ -16,6 +17,7 @@ def test_every_epoch_is_a_permutation(count: int) -> None:
         assert np.array_equal(np.sort(order.at(epoch * count, count)), np.arange(count))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 500), st.integers(0, 2**70), st.integers(0, 3000), st.lists(st.integers(1, 50), max_size=8))
 def test_the_order_does_not_depend_on_how_it_is_asked_for(count: int, seed: int, start: int, sizes: list[int]) -> None:
     order = EndlessOrder(count, seed)
@@ -37,8 +39,8 @@ def test_epochs_and_seeds_differ_and_are_well_mixed() -> None:
 
 
 def test_every_first_place_is_taken_about_equally_often() -> None:
-    firsts = np.array([EndlessOrder(10, seed).at(0, 1)[0] for seed in range(3000)])
-    assert np.all(np.abs(np.bincount(firsts, minlength=10) - 300) < 100)
+    firsts = np.array([EndlessOrder(10, seed).at(0, 1)[0] for seed in range(1000)])
+    assert np.all(np.abs(np.bincount(firsts, minlength=10) - 100) < 40)
 
 
 def test_the_order_is_the_same_for_ever() -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edgewright.data import text as text_module
 from edgewright.data.text import Counts, RawDocument, is_held_out, pieces, screen
 from edgewright.errors import BadInput
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def raw(name: str, *chunks: str, fault: str | None = None) -> RawDocument:
@@ -88,6 +90,7 @@ def test_malformed_documents() -> None:
         assert caught.value.code == "EW-202"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="aé\n😀\r ", max_size=5), min_size=1, max_size=20), st.integers(1, 40))
 def test_long_documents_come_back_unchanged_from_disk(chunks: list[str], memory: int) -> None:
     whole = "".join(chunks)
@@ -113,6 +116,7 @@ def test_memory_does_not_grow_with_the_document() -> None:
     assert peak(40) < peak(10) + (1 << 20)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="ab1 \n", max_size=200), max_size=5), st.integers(4, 50))
 def test_pieces_are_bounded_and_join_to_the_text(texts: list[str], limit: int) -> None:
     found = list(pieces(texts, limit))
@@ -123,7 +127,7 @@ def test_pieces_are_bounded_and_join_to_the_text(texts: list[str], limit: int) -
 def test_pieces_prefer_the_space_between_two_words() -> None:
     found = list(pieces(["one, two three\nfour. five " * 100], limit=64))
     assert len(found) > 40
-    assert all(left[-1].isalnum() and right[0] == " " and right[1].isalnum() for left, right in zip(found, found[1:]))
+    assert all(left[-1].isalnum() and right[0] == " " and right[1].isalnum() for left, right in pairwise(found))
 
 
 def test_held_out_depends_on_the_name_alone() -> None:

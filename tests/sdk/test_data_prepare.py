@@ -1,0 +1,362 @@
+"""From a corpus to packed tokens: layout, reuse, damage, bad corpora, counts."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from edgewright.data import (
+    Corpus,
+    DataConfig,
+    FilesData,
+    HfData,
+    StdlibData,
+    check_data,
+    iterate_documents,
+    prepare_data,
+)
+from edgewright.data.shards import StreamWriter
+from edgewright.data.text import is_held_out
+from edgewright.data.tokenizer import load_encoder
+from edgewright.errors import BadInput, NeedsNetwork, OutOfResources
+
+NAMES = [f"f{number:02}.txt" for number in range(40)]
+SMALL = {"tokenizer": {"type": "train", "vocab_size": 300}, "sequence_length": 16, "held_out": 0.2}
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def write_corpus(folder: Path) -> None:
+    folder.mkdir()
+    for number, name in enumerate(NAMES):
+        (folder / name).write_text(
+            f"File {number}: " + f"the value of {number} is {number * number}. " * (3 + number % 5)
+        )
+
+
+@pytest.fixture
+def corpus_dir(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "my")
+    return tmp_path / "my"
+
+
+def small(folder: Path, **changes: object) -> FilesData:
+    return FilesData.model_validate({"files": f"{folder}/*.txt", **SMALL, **changes})
+
+
+def prepare(config: object, directory: Path) -> tuple[Corpus, list[str]]:
+    lines: list[str] = []
+    return prepare_data(config, directory, say=lines.append), lines  # type: ignore[arg-type]
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_streams_hold_every_document_once_with_separators(corpus_dir: Path, tmp_path: Path) -> None:
+    corpus, _ = prepare(small(corpus_dir), tmp_path / "data")
+    encoder = load_encoder(corpus.tokenizer_dir)
+    for stream, held_out in ((corpus.train, False), (corpus.held_out, True)):
+        texts = [(corpus_dir / name).read_text() for name in NAMES if is_held_out(name, 0.2) == held_out]
+        expected = [corpus.eos_id]
+        for text in texts:
+            expected += [*encoder.encode([text])[0].tolist(), corpus.eos_id]
+        assert stream.tokens.tolist() == expected
+        assert (stream.documents, stream.bytes) == (len(texts), sum(map(len, texts)))
+        assert isinstance(stream.tokens, np.memmap) and stream.tokens.dtype == np.uint16
+    assert corpus.report["documents"] == 40
+    assert corpus.report["tokens"] == len(corpus.train) + len(corpus.held_out)
+    assert corpus.report["bytes_per_token"] == corpus.report["bytes"] / corpus.report["tokens"]
+
+
+def test_a_tokenizer_with_its_own_start_token(corpus_dir: Path, tmp_path: Path) -> None:
+    first, _ = prepare(small(corpus_dir), tmp_path / "first")
+    settings = first.tokenizer_dir / "tokenizer_config.json"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_bytes((first.tokenizer_dir / "tokenizer.json").read_bytes())
+    (other / "tokenizer_config.json").write_text(json.dumps({**json.loads(settings.read_text()), "bos_token": "a"}))
+    config = small(corpus_dir, tokenizer={"type": "pretrained", "path": str(other)})
+    second, _ = prepare(config, tmp_path / "second")
+    bos, eos = second.start_id, second.eos_id
+    assert bos != eos == 0
+    documents = " ".join(map(str, first.train.tokens.tolist()[1:-1])).split(" 0 ")
+    expected = " ".join(f"{bos} {document} {eos}" for document in documents)
+    assert second.train.tokens.tolist() == list(map(int, expected.split()))
+
+
+def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "my"
+    write_corpus(folder)
+    for name in NAMES:
+        if is_held_out(name, 0.2):
+            (folder / name).write_text("qqzzqqzz " * 200)
+    corpus, _ = prepare(small(folder), tmp_path / "data")
+    vocabulary = load_encoder(corpus.tokenizer_dir).tokenizer.get_vocab()
+    assert not [token for token in vocabulary if "qq" in token]
+    assert [token for token in vocabulary if "value" in token]
+
+
+def test_a_second_call_reuses_and_gives_the_same(corpus_dir: Path, tmp_path: Path) -> None:
+    first, _ = prepare(small(corpus_dir), tmp_path / "data")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
+    second, lines = prepare(small(corpus_dir, sequence_length=8), tmp_path / "data")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
+    assert "nothing to do" in lines[-1]
+    assert (second.fingerprint, second.report) == (first.fingerprint, first.report)
+    assert np.array_equal(first.train.tokens, second.train.tokens)
+
+
+def test_preparing_twice_gives_the_same_bytes_wherever_it_lies(corpus_dir: Path, tmp_path: Path) -> None:
+    prepare(small(corpus_dir), tmp_path / "one")
+    moved = corpus_dir.rename(tmp_path / "moved")
+    prepare(small(moved), tmp_path / "two")
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert str(tmp_path) not in (tmp_path / "one" / "index.json").read_text()
+
+
+def test_changed_sources_and_settings_are_noticed(corpus_dir: Path, tmp_path: Path) -> None:
+    first, _ = prepare(small(corpus_dir), tmp_path / "data")
+    (corpus_dir / NAMES[0]).write_text("something else, and quite a bit of it")
+    second, lines = prepare(small(corpus_dir), tmp_path / "data")
+    assert "changed" in lines[0] and second.fingerprint != first.fingerprint
+    third, lines = prepare(small(corpus_dir, held_out=0.4), tmp_path / "data")
+    assert "changed" in lines[0] and third.held_out.documents > second.held_out.documents
+    (corpus_dir / NAMES[1]).unlink()
+    fourth, lines = prepare(small(corpus_dir, held_out=0.4), tmp_path / "data")
+    assert "changed" in lines[0] and fourth.report["documents"] == 39
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "held_out.bin", "tokenizer/tokenizer.json", "index.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_damaged_files_are_made_again(corpus_dir: Path, tmp_path: Path, damage: str, how: str) -> None:
+    data = tmp_path / "data"
+    prepare(small(corpus_dir), data)
+    good = hashes(data)
+    file = data / damage
+    content = file.read_bytes()
+    middle = len(content) // 2
+    if how == "flip":
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 0x81]) + content[middle + 1 :])
+    elif how == "cut":
+        file.write_bytes(content[:middle])
+    else:
+        file.unlink()
+    _, lines = prepare(small(corpus_dir), data)
+    assert lines[0].startswith("preparing the corpus")
+    assert hashes(data) == good
+
+
+@pytest.mark.parametrize("writes", [1, 5, 30])
+def test_an_interrupted_preparation_is_done_again(
+    corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    data = tmp_path / "data"
+    prepare(small(corpus_dir), data)
+    good = hashes(data)
+    (corpus_dir / "new.txt").write_text("one more document")
+    left = [writes]
+    whole = StreamWriter.add
+
+    def add(self: StreamWriter, ids: np.ndarray) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        whole(self, ids)
+
+    monkeypatch.setattr(StreamWriter, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(small(corpus_dir), data)
+    monkeypatch.undo()
+    assert not (data / "index.json").exists() and not list(data.glob("*.tmp"))
+    (corpus_dir / "new.txt").unlink()
+    prepare(small(corpus_dir), data)
+    assert hashes(data) == good
+
+
+def test_a_full_disk_is_no_traceback(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: StreamWriter, ids: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StreamWriter, "add", full)
+    with pytest.raises(OutOfResources, match="disk is full") as caught:
+        prepare(small(corpus_dir), tmp_path / "data")
+    assert caught.value.exit_code == 4
+
+
+def test_what_is_dropped_is_counted_and_said(corpus_dir: Path, tmp_path: Path) -> None:
+    (corpus_dir / "blank.txt").write_text("\n \n")
+    (corpus_dir / "twin.txt").write_text((corpus_dir / NAMES[3]).read_text())
+    (corpus_dir / "bad.txt").write_bytes(b"fine but for one byte \xff at the end of it")
+    (corpus_dir / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    with pytest.raises(BadInput, match=r"bad\.txt:1:23.*EW-201"):
+        prepare(small(corpus_dir), tmp_path / "data")
+    corpus, lines = prepare(small(corpus_dir, on_bad_text="skip"), tmp_path / "data")
+    names = ("documents", "blank", "duplicates", "skipped", "replaced")
+    assert [corpus.report[name] for name in names] == [40, 1, 1, 2, 0]
+    assert "1 blank, 1 duplicates, 2 skipped" in lines[-1]
+    (corpus_dir / "image.txt").unlink()
+    corpus, _ = prepare(small(corpus_dir, on_bad_text="replace"), tmp_path / "data")
+    assert [corpus.report[name] for name in names] == [41, 1, 1, 0, 1]
+
+
+def one_file(folder: Path, content: bytes) -> Path:
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "code"), [(b"", "EW-210"), (b"\n\n \n\t\n", "EW-210"), (b"a", "EW-211"), (b"\x7fELF\0\0", "EW-202")]
+)
+def test_corpora_without_use(tmp_path: Path, content: bytes, code: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        prepare(small(one_file(tmp_path / "my", content)), tmp_path / "data")
+    assert caught.value.code == code and caught.value.exit_code == 3
+    assert caught.value.fix and not (tmp_path / "data" / "index.json").exists()
+
+
+def test_a_corpus_of_nothing_but_bad_documents(tmp_path: Path) -> None:
+    folder = one_file(tmp_path / "my", b"\xff text")
+    with pytest.raises(BadInput, match="1 skipped"):
+        prepare(small(folder, on_bad_text="skip"), tmp_path / "data")
+
+
+def test_no_training_documents(corpus_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="into the training split"):
+        prepare(small(corpus_dir, held_out=0.9999), tmp_path / "data")
+
+
+@pytest.mark.parametrize("split", ["training", "held-out"])
+def test_shorter_than_a_sequence(corpus_dir: Path, tmp_path: Path, split: str) -> None:
+    held_out = 0.2 if split == "held-out" else 0.8  # so that this split is the short one
+    corpus, _ = prepare(small(corpus_dir, held_out=held_out), tmp_path / "data")
+    length = len(corpus.train if split == "training" else corpus.held_out)
+    prepare(small(corpus_dir, held_out=held_out, sequence_length=length - 1), tmp_path / "data")
+    with pytest.raises(BadInput, match=f"the {split} split is shorter than one sequence") as caught:
+        prepare(small(corpus_dir, held_out=held_out, sequence_length=length), tmp_path / "data")
+    assert caught.value.code == "EW-212"
+
+
+def test_patterns(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="no file matches") as caught:
+        prepare(small(tmp_path / "gone"), tmp_path / "data")
+    assert caught.value.code == "EW-203"
+    with pytest.raises(BadInput, match="a folder"):
+        check_data(FilesData(files=str(corpus_dir)))
+    (corpus_dir / "deep" / "er").mkdir(parents=True)
+    (corpus_dir / "deep" / "er" / "x[1].md").write_text("x")
+    names = [name for name, _ in iterate_documents(f"{corpus_dir}/**/*.md")]
+    assert names == ["deep/er/x[1].md"]
+    assert [name for name, _ in iterate_documents(str(corpus_dir / "deep" / "er" / "x[1].md"))] == ["x[1].md"]
+    monkeypatch.chdir(corpus_dir)
+    assert [name for name, _ in iterate_documents(["f0*.txt", "./f01.txt", "**/*.md"])] == [
+        "deep/er/x[1].md",
+        *NAMES[:10],
+    ]
+    (corpus_dir / "table.xlsx").write_text("x")
+    with pytest.raises(BadInput, match="EW-204"):
+        check_data(FilesData(files="*"))
+
+
+def test_documents_for_evaluation(corpus_dir: Path) -> None:
+    config = small(corpus_dir)
+    everything = dict(iterate_documents(config))
+    assert list(everything) == NAMES
+    held_out = dict(iterate_documents(config, split="held_out"))
+    train = dict(iterate_documents(config, split="train"))
+    assert held_out.keys() == {name for name in NAMES if is_held_out(name, 0.2)}
+    assert everything == {**train, **held_out} and len(train) + len(held_out) == len(NAMES)
+
+
+def test_check_opens_files_and_tokenizer(corpus_dir: Path, tmp_path: Path) -> None:
+    check_data(small(corpus_dir))
+    with pytest.raises(BadInput, match="EW-220"):
+        check_data(small(corpus_dir, tokenizer={"type": "pretrained", "path": str(tmp_path)}))
+    with pytest.raises(BadInput, match="EW-210"):
+        check_data(small(one_file(tmp_path / "empty", b" \n")))
+
+
+def test_memory_does_not_grow_with_a_document_of_one_line(corpus_dir: Path, tmp_path: Path) -> None:
+    tokenizer = {"type": "pretrained", "path": str(prepare(small(corpus_dir), tmp_path / "first")[0].tokenizer_dir)}
+
+    def peak(megabytes: int) -> int:
+        (corpus_dir / "line.txt").write_bytes(b"value " * (megabytes * 166_000))
+        tracemalloc.start()
+        corpus, _ = prepare(small(corpus_dir, tokenizer=tokenizer), tmp_path / f"data{megabytes}")
+        _, highest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert corpus.report["bytes"] > megabytes * 900_000
+        return highest
+
+    assert peak(14) < peak(7) + (2 << 20)
+
+
+def test_the_standard_library(tmp_path: Path) -> None:
+    documents = {name: len(text) for name, text in iterate_documents(StdlibData())}
+    assert len(documents) > 300 and sum(documents.values()) > 5_000_000
+    assert {"json/decoder.py", "argparse.py"} <= documents.keys()
+    assert list(documents) == sorted(documents)
+    parts = {part for name in documents for part in name.split("/")}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def test_the_recipe_section() -> None:
+    adapter = TypeAdapter(DataConfig)
+    assert adapter.validate_python({"type": "stdlib"}) == StdlibData()
+    config = adapter.validate_python({"type": "files", "files": ["a/*.txt", "b.md"], "tokenizer": {"type": "train"}})
+    assert adapter.validate_json(adapter.dump_json(config)) == config
+    for wrong in (
+        {"type": "stdlib", "file": "a"},
+        {"type": "files"},
+        {"type": "files", "files": []},
+        {"type": "web"},
+        {"type": "stdlib", "held_out": 0.0},
+        {"type": "stdlib", "tokenizer": {"type": "pretrained"}},
+        {"type": "stdlib", "tokenizer": {"type": "train", "vocab_size": 256}},
+        {"type": "hf"},
+        {"type": "hf", "path": "a", "hub": "b/c"},
+    ):
+        with pytest.raises(ValidationError):
+            adapter.validate_python(wrong)
+
+
+def test_nothing_is_downloaded_unless_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(NeedsNetwork, match="allow_download") as caught:
+        prepare(HfData(hub="somebody/something"), tmp_path)
+    assert caught.value.code == "EW-901" and caught.value.exit_code == 9
+    with pytest.raises(BadInput, match="EW-203"):
+        prepare(HfData(path=tmp_path / "gone"), tmp_path)
+
+
+def test_a_local_data_set(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    rows = {"text": [f"document {number} " * 5 for number in range(50)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "a.parquet"))
+    for path in (tmp_path / "saved", tmp_path / "a.parquet"):
+        assert [text for _, text in iterate_documents(HfData(path=path))] == rows["text"]
+
+
+def test_importing_takes_nothing_heavy() -> None:
+    script = (
+        "import sys, edgewright.data; print([m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
