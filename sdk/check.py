@@ -1,0 +1,255 @@
+"""`check`: everything that can be known about a recipe in seconds, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edgewright._verbs import VerbModule
+from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
+
+if TYPE_CHECKING:
+    from edgewright.recipe import Recipe, StageConfig
+    from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
+
+FIRST_PIECES = 64
+"""Documents, or pieces of long ones, that are read to see that the corpus can be."""
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint while training: weights and both moments of AdamW, float32."""
+RESERVE = 1.1
+
+Status = Literal["ok", "note", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    what: str
+    status: Status
+    found: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """What `check` found.
+
+    Args:
+        recipe: the file.
+        checks: one for each thing that was opened.
+        parameters: of each stage's model, where they are known.
+        errors: what would stop the run, in the order in which it would.
+    """
+
+    recipe: Path
+    checks: tuple[Check, ...]
+    parameters: dict[str, int]
+    errors: tuple[EdgewrightError, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.errors
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the first error."""
+        return self.errors[0].exit_code if self.errors else 0
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema_version": 1,
+            "recipe": str(self.recipe),
+            "ok": self.ok,
+            "checks": [{"what": c.what, "status": c.status, "found": c.found} for c in self.checks],
+            "parameters": self.parameters,
+            "errors": [{**error.to_json(), "message": error.message()} for error in self.errors],
+        }
+
+
+def check(recipe: str | Path, *overrides: str) -> CheckReport:
+    """Validate a recipe, open its corpus, tokenizer and models, look at the disk. Nothing is trained or written.
+
+    Args:
+        recipe: path of the YAML file.
+        overrides: `section.key=value`.
+
+    Raises:
+        RecipeErrors: the recipe itself is wrong; all errors at once, and nothing else is looked at.
+    """
+    from edgewright.recipe import load_recipe
+
+    return _Checker(Path(recipe), load_recipe(recipe, overrides)).report()
+
+
+class _Checker:
+    """Looks at one thing after the other and goes on after an error."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self.recipe = recipe
+        self.checks: list[Check] = []
+        self.errors: list[EdgewrightError] = []
+        self.parameters: dict[str, int] = {}
+        self.vocab_size: int | None = None
+        self.sound: set[Path] = set()
+
+    def report(self) -> CheckReport:
+        self._try("corpus", self._corpus)
+        self._try("tokenizer", self._tokenizer)
+        for directory in sorted(set(self._models())):
+            self._try(f"model {directory.name}", lambda directory=directory: self._model(directory))
+        for stage in self.recipe.stages:
+            self._try(f"stage {stage.name}", lambda stage=stage: self._stage(stage))
+        self._try("disk", self._disk)
+        return CheckReport(
+            recipe=self.path,
+            checks=tuple(self.checks),
+            parameters=self.parameters,
+            errors=tuple(self.errors),
+        )
+
+    def _try(self, what: str, look: Callable[[], Iterator[str]]) -> None:
+        """Note what a look finds: the first line is what was found, further ones are notes."""
+        try:
+            for number, line in enumerate(look()):
+                self.checks.append(Check(what=what, status="note" if number else "ok", found=line))
+        except EdgewrightError as error:
+            self.checks.append(Check(what=what, status="failed", found=error.what))
+            self.errors.append(error)
+
+    def _corpus(self) -> Iterator[str]:
+        from edgewright.data import HfData, iterate_documents
+
+        source = self.recipe.data
+        files = source.fingerprint()
+        if isinstance(source, HfData):
+            yield f"{len(files)} files; the run reads them"
+            return
+        pieces = list(islice(iterate_documents(source), FIRST_PIECES))
+        if not pieces:
+            raise RecipeError(
+                "EW-131",
+                "the corpus has no text",
+                where=self.path.absolute(),
+                expected="documents that are not blank",
+                found=f"{len(files)} files",
+                fix="point data to files with text",
+            )
+        yield f"{len(files)} files; the first {len(pieces)} documents can be read"
+
+    def _tokenizer(self) -> Iterator[str]:
+        from edgewright.data import PretrainedTokenizer
+        from edgewright.data.tokenizer import load_encoder
+
+        wanted = self.recipe.data.tokenizer
+        if isinstance(wanted, PretrainedTokenizer):
+            self.vocab_size = load_encoder(wanted.path).vocab_size
+            yield f"{self.vocab_size:,} tokens, {wanted.path}"
+        else:
+            self.vocab_size = wanted.vocab_size
+            yield f"{self.vocab_size:,} tokens, trained on the corpus"
+
+    def _models(self) -> Iterator[Path]:
+        """Every model directory that the recipe names."""
+        for _, _, config in self._taught():
+            if config.type == "checkpoint":
+                yield config.model
+        stages = {stage.name for stage in self.recipe.stages}
+        yield from (Path(export.model) for export in self.recipe.exports if export.model not in stages)
+
+    def _taught(
+        self,
+    ) -> Iterator[tuple[StageConfig, str, PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig]]:
+        """Every student and teacher with its stage and role."""
+        for stage in self.recipe.stages:
+            yield stage, "student", stage.student
+            if stage.objective.type == "distill":
+                yield stage, "teacher", stage.objective.teacher
+
+    def _model(self, directory: Path) -> Iterator[str]:
+        from edgewright.export.guard import check_model_directory
+
+        check_model_directory(directory)
+        self.sound.add(directory)
+        yield f"{count_parameters(directory):,} parameters, {directory}"
+
+    def _stage(self, stage: StageConfig) -> Iterator[str]:
+        """Parameters of the student, then whether everything speaks the data's tokens."""
+        count = self._count(stage.student)
+        if count is not None:
+            self.parameters[stage.name] = count
+        size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
+        methods = ", ".join(method.type for method in stage.methods) or "no compression"
+        yield f"{size}, {methods}, {stage.objective.type}"
+        for owner, role, config in self._taught():
+            if owner is stage and config.type == "checkpoint" and config.model in self.sound:
+                yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
+
+    def _count(self, student: PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig) -> int | None:
+        """Parameters of a student; None when what it starts from cannot be opened."""
+        if student.type == "preset":
+            return None if self.vocab_size is None else student.parameters(self.vocab_size)
+        if student.type == "stage":
+            return self.parameters.get(student.stage)
+        return count_parameters(student.model) if student.model in self.sound else None
+
+    def _same_tokens(self, model: Path, role: str) -> Iterator[str]:
+        from edgewright.data import PretrainedTokenizer
+        from edgewright.vocabulary import check_same_tokens
+
+        wanted = self.recipe.data.tokenizer
+        if isinstance(wanted, PretrainedTokenizer):
+            yield from check_same_tokens(wanted.path, model, role=role)
+            return
+        raise RecipeError(
+            "EW-130",
+            f"the {role} has a tokenizer of its own, but the recipe trains another one",
+            where=self.path.absolute(),
+            expected=f"data.tokenizer: {{type: pretrained, path: {model}}}",
+            found="data.tokenizer: {type: train}",
+            fix=f"'data.tokenizer={{type: pretrained, path: {model}}}'",
+        )
+
+    def _disk(self) -> Iterator[str]:
+        """Space for the checkpoints of the largest stage, every stage's model and every export."""
+        largest = max(
+            (stage.training.keep_checkpoints + 1) * self.parameters.get(stage.name, 0) for stage in self.recipe.stages
+        )
+        models = (len(self.recipe.stages) + len(self.recipe.exports)) * max(self.parameters.values(), default=0) * 4
+        needed = math.ceil(RESERVE * (largest * BYTES_PER_PARAMETER + models))
+        folder = self.recipe.run_directory.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OutOfResources(
+                "EW-403",
+                "the disk is too small for this run",
+                where=self.recipe.run_directory.absolute(),
+                expected=f"{needed:,} bytes free for checkpoints, models and exports",
+                found=f"{free:,} bytes free",
+                fix="free space, choose another output_dir, or lower training.keep_checkpoints",
+            )
+        yield f"about {needed / 1e6:,.0f} MB needed, {free / 1e9:,.1f} GB free"
+
+
+def count_parameters(directory: Path) -> int:
+    """Stored parameters of a checked model directory, from the headers of its weights (tied weights once)."""
+    total = 0
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name == "lattice.safetensors":
+            continue
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+sys.modules[__name__].__class__ = VerbModule

@@ -1,0 +1,386 @@
+"""The command line: every verb is a function of the package; here they only get arguments and a printed form.
+
+Nothing heavy is imported before a command needs it, so that `--help` stays quick. The result of a command is all that
+goes to standard output; with `--json` it is one object. Everything else, also what native libraries print, goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn, Protocol
+
+import typer
+from typer.exceptions import TyperException
+
+if TYPE_CHECKING:
+    from edgewright.errors import EdgewrightError
+
+app = typer.Typer(
+    name="edgewright",
+    help="From a text corpus to a small language model that is proven on the device it is for.",
+    epilog="Errors carry a code: `edgewright explain EW-110` prints the long form. "
+    "`--debug` on any command shows tracebacks.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; its own choice by default.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed.")]
+
+BUG = 70
+
+
+class Result(Protocol):
+    """What every verb returns."""
+
+    def to_json(self) -> dict[str, object]: ...
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: run a command and exit with its code.
+
+    Exit codes: 0 ok, 2 usage or recipe, 3 bad input, 4 disk or memory, 5 quality gate, 6 locked, 7 diverged,
+    8 refused for safety, 9 needs network, 70 bug, 130 and 143 signals.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug, as_json = "--debug" in words, "--json" in words
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app([word for word in words if word != "--debug"] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            raise
+        code = _failed(error, as_json)
+    raise SystemExit(code or 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _failed(error: BaseException, as_json: bool) -> int:
+    """Report what went wrong, in the form that was asked for; the exit code."""
+    from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
+
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else BUG
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped by SIGINT", file=sys.stderr)
+        return 130
+    if isinstance(error, BrokenPipeError):  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    if isinstance(error, TyperException):
+        fix = "edgewright --help, or --help after a command, lists what there is"
+        error = RecipeError("EW-100", f"this command line is not understood: {error.format_message()}", fix=fix)
+    if isinstance(error, MemoryError):
+        fix = "use a smaller batch, sequence_length or model, or a machine with more memory"
+        error = OutOfResources("EW-404", "memory ran out", fix=fix)
+    if isinstance(error, EdgewrightError):
+        return _report(error, as_json)
+    return _bug(error, as_json)
+
+
+def _report(error: EdgewrightError, as_json: bool) -> int:
+    print(error.message(), file=sys.stderr)
+    if as_json:
+        _print_json({"schema_version": 1, "error": error.to_json()})
+    return error.exit_code
+
+
+def _bug(error: BaseException, as_json: bool) -> int:
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    print(
+        f"edgewright: a bug of ours: {text}\n  fix: the same command with --debug shows the traceback", file=sys.stderr
+    )
+    if as_json:
+        found: dict[str, object] = {"code": None, "exit_code": BUG, "what": text}
+        _print_json({"schema_version": 1, "error": found})
+    return BUG
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Send what anybody writes to standard output, native code as well, to standard error meanwhile."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(_finite(value), indent=2, allow_nan=False), flush=True)
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(verb: str, result: Result, as_json: bool) -> None:
+    """Print a result: the object itself, or as text for people."""
+    if as_json:
+        _print_json(result.to_json())
+        return
+    from edgewright.cli_text import print_result
+
+    print_result(verb, result.to_json())
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import edgewright
+
+        print(edgewright.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.")] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate a recipe and what it names.
+
+    Opens corpus, tokenizer and models, and looks at the disk; nothing is trained or written.
+    """
+    if schema:
+        from edgewright.recipe import json_schema
+
+        _print_json(json_schema())
+        return
+    from edgewright.check import check
+
+    with _quiet_stdout():
+        result = check(_required(recipe, "RECIPE"), *(overrides or []))
+    _show("check", result, as_json)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again; remove what an earlier run left.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe, or go on with it.
+
+    From the corpus to certified files and a report. The same command again goes on where the last one stopped.
+    """
+    from edgewright.run import run
+    from edgewright.training import Interrupted
+
+    try:
+        with _quiet_stdout():
+            result = run(recipe, *(overrides or []), fresh=fresh)
+    except Interrupted as stop:
+        import shlex
+
+        words = ["edgewright", "run", str(recipe), *(overrides or [])]
+        print(f"{stop}\n  go on with: {shlex.join(words)}", file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
+    _show("run", result, as_json)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="Model directory, GGUF file or GenAI folder.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILES]...", help="Further files for --data.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text files or patterns. By default the held-out part of Python's standard library."),
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="Key of the text in .jsonl files.")] = "text",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 50_000,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure quality on text.
+
+    Loss, perplexity and bits per byte, with a 95 % interval, of a checkpoint or an exported file.
+    """
+    from edgewright.evaluate import evaluate
+
+    if more and not data:
+        raise typer.BadParameter("text files come after --data")
+    files = [*(data or []), *(more or [])]
+    with _quiet_stdout():
+        result = evaluate(target, data=files or None, max_tokens=max_tokens, text_key=text_key, threads=threads)
+    _show("evaluate", result, as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Local model directory (Llama family).")],
+    to: Annotated[str, typer.Option(help="Target: gguf or genai.")],
+    quant: Annotated[
+        str, typer.Option(help="Width, by the target's name: tq2_0, q8_0, f16, ... or ternary, int4, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the file (gguf), or the folder itself (genai).")],
+    embedding_quant: Annotated[str | None, typer.Option(help="Width of token embedding and output head.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Limit of the gate, nats per token.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the gate; the manifest says so.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for a runtime.
+
+    The file is opened there and proven to be the same model; else the exit code is 5 and there is no file.
+    """
+    from edgewright.export import export
+
+    with _quiet_stdout():
+        result = export(
+            model,
+            to=to,
+            quant=quant,
+            out=out,
+            embedding_quant=embedding_quant,
+            verify=not no_verify,
+            max_kl=max_kl,
+            threads=threads,
+        )
+    _show("export", result, as_json)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="Exported file or folder.")],
+    against: Annotated[Path, typer.Option(help="The model directory that it was made from.")],
+    max_kl: Annotated[float | None, typer.Option(help="Limit in nats per token; the width's own by default.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that a file is its model.
+
+    Compares an exported file, in its own runtime, with the model that it was made from.
+    """
+    from edgewright.errors import GateFailed
+    from edgewright.export.parity import verify
+
+    with _quiet_stdout():
+        result = verify(artifact, against=against, max_kl=max_kl, threads=threads)
+    _show("verify", result, as_json)
+    if result.gate == "failed":
+        raise typer.Exit(GateFailed.exit_code)
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(help="GGUF files, GenAI folders, model directories.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt test.")] = 128,
+    generate: Annotated[int, typer.Option(min=1, help="Tokens of the generation test.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds after the warm-up.")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory.
+
+    All files take turns, each in a process of its own.
+    """
+    from edgewright.bench import bench
+
+    with _quiet_stdout():
+        result = bench(*artifacts, prompt=prompt, generate=generate, repeats=repeats, threads=threads)
+    _show("bench", result, as_json)
+
+
+@app.command()
+def generate(
+    target: Annotated[Path, typer.Argument(help="GGUF file, GenAI folder or model directory.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, in any runtime."""
+    from edgewright.generate import generate
+
+    with _quiet_stdout():
+        result = generate(
+            target, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, threads=threads
+        )
+    _show("generate", result, as_json)
+
+
+@app.command()
+def report(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's page and list its files."""
+    from edgewright.report import report
+
+    with _quiet_stdout():
+        result = report(run_directory)
+    _show("report", result, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Try what is installed here.
+
+    Says of every runtime and tool whether it works on this machine, and how to fix it.
+    """
+    from edgewright.doctor import doctor
+
+    with _quiet_stdout():
+        result = doctor()
+    _show("doctor", result, as_json)
+    raise typer.Exit(0 if result.healthy else 3)
+
+
+@app.command()
+def explain(
+    code: Annotated[str, typer.Argument(metavar="EW-nnn", help="The code at the end of an error's first line.")],
+    as_json: Json = False,
+) -> None:
+    """The long form of an error."""
+    from edgewright.explain import explain
+
+    _show("explain", explain(code), as_json)
+
+
+def _required(value: Path | None, name: str) -> Path:
+    if value is None:
+        raise typer.BadParameter(f"Missing argument '{name}'.")
+    return value
+
+
+if __name__ == "__main__":
+    main()

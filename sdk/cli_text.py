@@ -1,0 +1,162 @@
+"""Results of the verbs as text for people: plain tables on standard output, colour only on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edgewright import report_text as say
+
+Text = Callable[[dict[str, Any]], str]
+
+
+def print_result(verb: str, result: dict[str, Any]) -> None:
+    """Print the `to_json()` object of a verb."""
+    print(_TEXTS[verb](result), flush=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns; all but the first to the right."""
+    widths = [max(len(line[index]) for line in (columns, *rows)) for index in range(len(columns))]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _facts(pairs: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs)
+
+
+def _check(result: dict[str, Any]) -> str:
+    marks = {"ok": "ok  ", "note": "note", "failed": "FAIL"}
+    lines = [f"{marks[item['status']]}  {item['what']}: {item['found']}" for item in result["checks"]]
+    lines += ["", *(error["message"] for error in result["errors"])] if result["errors"] else []
+    verdict = "this recipe can run" if result["ok"] else f"{len(result['errors'])} errors"
+    return "\n".join([*lines, "", verdict])
+
+
+def _run(result: dict[str, Any]) -> str:
+    from edgewright.report import format_table
+
+    sample = next((item for item in reversed(result["samples"])), None)
+    parts = [format_table(result)]
+    if sample is not None:
+        parts += [f"{sample['artifact']} continues {sample['prompt']!r}:", sample["prompt"] + sample["text"]]
+    parts += [f"warning: {warning}" for warning in result["warnings"]]
+    return "\n\n".join([*parts, f"report: {result['report']}"])
+
+
+def _report(result: dict[str, Any]) -> str:
+    from edgewright.report import format_table
+
+    return "\n\n".join([format_table(result), *(f"warning: {text}" for text in result["warnings"]), result["path"]])
+
+
+def _evaluate(result: dict[str, Any]) -> str:
+    low, high = result["ci95"]
+    return _facts(
+        [
+            ("file", f"{result['path']} ({result['runtime']})"),
+            ("bits per byte", f"{result['bits_per_byte']:.4f}  (95 % interval {low:.4f} to {high:.4f})"),
+            ("loss", f"{result['loss']:.4f} nats per token"),
+            ("perplexity", say.significant(result["perplexity"])),
+            ("text", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes"),
+        ]
+    )
+
+
+def _export(result: dict[str, Any]) -> str:
+    lines = [f"{result['path']}  {say.size(result['bytes'])}  {result['to']} {result['quant']}"]
+    lines.append(f"gate {result['gate']}" + (f": {_parity_line(result['parity'])}" if result["parity"] else ""))
+    lines += [f"{item['tensor']} is stored as {item['quant']}: {item['reason']}" for item in result["fallbacks"]]
+    if result["fallbacks"]:
+        lines.append(f"{len(result['fallbacks'])} tensors are stored wider than asked")
+    return "\n".join(lines)
+
+
+def _parity_line(parity: dict[str, Any]) -> str:
+    return (
+        f"max |logit difference| {say.small(parity['max_abs_diff'])}, KL {say.small(parity['kl'])}, "
+        f"same top token {say.share(parity['top1_agreement'])}"
+    )
+
+
+def _verify(result: dict[str, Any]) -> str:
+    kl = say.small(result["kl"])
+    if result["kl_ci"] is not None:
+        kl += f"  (95 % interval {say.small(result['kl_ci'][0])} to {say.small(result['kl_ci'][1])})"
+    facts = [
+        ("file", str(result["path"])),
+        ("against", str(result["against"])),
+        ("max |logit difference|", say.small(result["max_abs_diff"])),
+        ("KL, nats per token", kl),
+        ("same top token", say.share(result["top1_agreement"])),
+        ("greedy tokens equal", _plain(result["greedy_identity"])),
+        ("lattice bit-exact", _plain(result["lattice_identity"])),
+        ("gate", result["gate"]),
+    ]
+    return "\n".join([_facts(facts), *(f"  {reason}" for reason in result["reasons"])])
+
+
+def _plain(value: object) -> str:
+    """A truth value in words, a share in percent."""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    return say.share(value) if isinstance(value, float) else say.MISSING if value is None else str(value)
+
+
+def _bench(result: dict[str, Any]) -> str:
+    columns = ("file", "width", "size", "first token", "prompt tokens/s", "tokens/s", "peak memory")
+    rows = [
+        (
+            row["path"],
+            f"{row['to']} {row['quant']}",
+            say.size(row["bytes"]),
+            say.milliseconds(row["ttft_ms"]),
+            say.rate(row["prompt_tokens_per_s"], row["prompt_tokens_per_s_sd"]),
+            say.rate(row["tokens_per_s"], row["tokens_per_s_sd"]),
+            say.size(row["peak_memory"]),
+        )
+        for row in result["artifacts"]
+    ]
+    setting = f"prompt {result['prompt']}, generate {result['generate']}, repeats {result['repeats']}, "
+    setting += f"threads {result['threads']}, {result['machine']['cpu']}"
+    return "\n".join([table(columns, rows), setting, *(f"warning: {text}" for text in result["warnings"])])
+
+
+def _generate(result: dict[str, Any]) -> str:
+    return str(result["prompt"] + result["text"])
+
+
+def _doctor(result: dict[str, Any]) -> str:
+    marks = {"ok": "ok  ", "missing": "--  ", "failed": "FAIL"}
+    lines = []
+    for item in result["checks"]:
+        lines.append(f"{marks[item['status']]}  {item['name']}: {item['found']}")
+        if item["fix"]:
+            lines.append(f"      fix: {item['fix']}")
+    return "\n".join([*lines, "", "healthy" if result["healthy"] else "something that every run needs does not work"])
+
+
+def _explain(result: dict[str, Any]) -> str:
+    return f"{result['code']}: {result['title']} (exit code {result['exit_code']})\n\n{result['text']}"
+
+
+_TEXTS: dict[str, Text] = {
+    "check": _check,
+    "run": _run,
+    "evaluate": _evaluate,
+    "export": _export,
+    "verify": _verify,
+    "bench": _bench,
+    "generate": _generate,
+    "report": _report,
+    "doctor": _doctor,
+    "explain": _explain,
+}

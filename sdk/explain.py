@@ -1,0 +1,54 @@
+"""`explain`: the long form of an error, offline."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+
+from edgewright._verbs import VerbModule
+from edgewright.error_catalogue import CATALOGUE
+from edgewright.errors import RecipeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What an error means and what to do."""
+
+    code: str
+    title: str
+    text: str
+    exit_code: int
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "schema_version": 1,
+            "code": self.code,
+            "title": self.title,
+            "text": self.text,
+            "exit_code": self.exit_code,
+        }
+
+
+def explain(code: str) -> Explanation:
+    """The long form of an error.
+
+    Args:
+        code: `EW-110`; also `ew-110` and `110`.
+
+    Raises:
+        RecipeError: EW-192, there is no such code.
+    """
+    digits = re.fullmatch(r"(?:EW-?)?(\d+)", code.strip(), re.IGNORECASE)
+    name = f"EW-{digits.group(1)}" if digits else code
+    if name not in CATALOGUE:
+        import difflib
+
+        close = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.6)
+        fix = f"did you mean {' or '.join(close)}?" if close else "the code stands at the end of an error's first line"
+        raise RecipeError("EW-192", "there is no such error code", expected="EW-nnn", found=code, fix=fix)
+    entry = CATALOGUE[name]
+    return Explanation(code=name, title=entry.title, text=entry.text, exit_code=entry.exit_code)
+
+
+sys.modules[__name__].__class__ = VerbModule
