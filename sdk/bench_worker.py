@@ -22,6 +22,7 @@ from edgewright.machine import peak_memory, resident_memory
 
 if TYPE_CHECKING:
     import numpy as np
+
     from edgewright.export.runtimes.session import Session
 
 OpenSession = Callable[..., "Session"]

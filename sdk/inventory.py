@@ -10,7 +10,6 @@ from pathlib import Path
 
 from edgewright.errors import BadInput
 
-MANIFEST = "edgewright.json"
 LATTICE_SIDECAR = "lattice.safetensors"
 WIDTH_OF_DTYPE = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -45,8 +44,8 @@ def describe_model(path: str | Path) -> ModelFile:
         raise BadInput("EW-390", "there is no such file or directory", where=path)
     file = _single_gguf(path)
     if file is not None:
-        return _from_manifest(path, file.parent, file.name) or _plain(path, "gguf", file.stat().st_size)
-    described = _from_manifest(path, path, ".") if path.is_dir() else None
+        return _from_manifest(path, file) or _plain(path, "gguf", file.stat().st_size)
+    described = _from_manifest(path, path) if path.is_dir() else None
     if described is not None:
         return described
     if (path / "genai_config.json").is_file():
@@ -63,29 +62,6 @@ def describe_model(path: str | Path) -> ModelFile:
     )
 
 
-def read_manifest(directory: Path) -> dict[str, dict]:
-    """Entries of `edgewright.json` in `directory`, by file name ("." = the folder itself); empty without one.
-
-    Raises:
-        BadInput: EW-391 when the manifest cannot be read.
-    """
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return {}
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["artifacts"]
-        return {name: dict(entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            "EW-391",
-            "the manifest of the artifact cannot be read",
-            where=manifest,
-            expected='a JSON object with "artifacts"',
-            found=f"{type(error).__name__}: {error}",
-            fix="export the model again",
-        ) from None
-
-
 def _single_gguf(path: Path) -> Path | None:
     """The GGUF file that `path` is, or the only one that the folder `path` holds."""
     if path.is_file():
@@ -94,17 +70,19 @@ def _single_gguf(path: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def _from_manifest(path: Path, directory: Path, name: str) -> ModelFile | None:
-    entry = read_manifest(directory).get(name)
+def _from_manifest(path: Path, artifact: Path) -> ModelFile | None:
+    from edgewright.export.artifact import manifest_path, read_entry
+
+    entry = read_entry(artifact)
     if entry is None:
         return None
     try:
         return ModelFile(path=path, to=entry["to"], quant=entry["quant"], bytes=entry["bytes"], gate=entry["gate"])
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise BadInput(
             "EW-391",
-            f"the manifest says nothing about {error} of {name!r}",
-            where=directory / MANIFEST,
+            f"the manifest does not say {error} of {artifact.name!r}",
+            where=manifest_path(artifact),
             fix="export the model again",
         ) from None
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
 from edgewright.bench_worker import private_stdout, serve
 from edgewright.errors import BadInput
 from edgewright.export.runtimes.session import Capabilities, Logits, Session

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from edgewright import bench as bench_module
 from edgewright.bench import bench
 from edgewright.bench_worker import serve
 from edgewright.errors import BadInput, RecipeError
 from edgewright.inventory import describe_model
 from edgewright.machine import describe_machine, peak_memory, resident_memory
-from safetensors.numpy import save_file
 
 FAKE = Path(__file__).with_name("fake_session.py")
 
@@ -165,7 +166,7 @@ def test_inventory_reads_manifests_and_checkpoints(tmp_path: Path) -> None:
     assert (known.to, known.quant, known.gate) == ("hf", "fp16", None)
     assert known.bytes == (checkpoint / "model.safetensors").stat().st_size
 
-    (tmp_path / "edgewright.json").write_text("[]")
+    (tmp_path / "edgewright.json").write_text('{"artifacts": {"a.gguf": {"to": "gguf"}}}')
     with pytest.raises(BadInput, match="EW-391"):
         describe_model(tmp_path / "a.gguf")
 

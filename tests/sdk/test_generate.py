@@ -6,8 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import edgewright.export.runtimes
 import pytest
+
+import edgewright.export.runtimes
 from edgewright.errors import BadInput, RecipeError
 from edgewright.generate import generate
 

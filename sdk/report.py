@@ -1,0 +1,206 @@
+"""The report of a run: one HTML page that needs no network, and the table that ends a run in the terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from edgewright import report_figures as figures
+from edgewright import report_text as say
+from edgewright import report_view as view
+from edgewright._verbs import VerbModule
+from edgewright.files import write_text
+from edgewright.report_data import ArtifactResult, Results, RunRecord, StageRecord, read_run
+
+PAGE_NAME = "report.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportResult:
+    """Where the page is, and the numbers in it.
+
+    Args:
+        path: the page.
+        name: of the run.
+        finished: whether the run has its results; a page can be made before that.
+        machine: what the numbers were measured on.
+        artifacts: every exported file, in the recipe's order.
+        warnings: of the run, and what could not be read of it.
+    """
+
+    path: Path
+    name: str
+    finished: bool
+    machine: dict[str, object]
+    artifacts: tuple[ArtifactResult, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The object of `report --json`: null where a number was not measured."""
+        return {
+            "schema_version": 1,
+            "path": str(self.path),
+            "name": self.name,
+            "finished": self.finished,
+            "machine": self.machine,
+            "artifacts": [artifact.model_dump(mode="json") for artifact in self.artifacts],
+            "warnings": list(self.warnings),
+        }
+
+
+def report(run_dir: str | Path) -> ReportResult:
+    """Write `report.html` into a run directory: everything that the run measured, on one page without any network.
+
+    A run that is still going gets a page of what is there so far.
+
+    Raises:
+        BadInput: EW-392 for what is no run directory, EW-393 for a file of it that cannot be understood.
+        OutOfResources: EW-401, the disk is full.
+    """
+    run = read_run(Path(run_dir))
+    path = run.directory / PAGE_NAME
+    write_text(path, render(run))
+    return ReportResult(
+        path=path,
+        name=run.name,
+        finished=run.finished,
+        machine=_machine(run),
+        artifacts=run.results.artifacts,
+        warnings=tuple(_warnings(run)),
+    )
+
+
+def render(run: RunRecord) -> str:
+    """The whole page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("edgewright"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(page=_page(run))
+
+
+def _page(run: RunRecord) -> dict[str, Any]:
+    """All that the template shows."""
+    rows = view.rows(run)
+    pareto = figures.pareto(run.results.artifacts)
+    stages = [_stage(run, stage) for stage in run.stages]
+    drawn = [*([pareto] if pareto else []), *(figure for stage in stages for figure in stage["figures"])]
+    page = {
+        "run": run,
+        "version": version("edgewright"),
+        "status": view.status(run),
+        "chips": view.chips(run),
+        "headline": view.headline(run),
+        "warnings": _warnings(run),
+        "rows": rows,
+        "columns": view.COLUMNS,
+        "proved": [row for row in rows if row.proved],
+        "gate_columns": view.GATE_COLUMNS,
+        "checkpoints": view.checkpoints(run),
+        "stages": stages,
+        "data": view.facts(run.results.data),
+        "sources": view.sources(run),
+        "machine": view.facts(_machine(run)),
+        "environment": view.facts(run.environment),
+        "has_pareto": pareto is not None,
+        "figures": drawn,
+        **_trusted(with_plots=bool(drawn)),
+    }
+    return {**page, "sections": _sections(page)}
+
+
+def _sections(page: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Anchors and titles of the sections that have something in them."""
+    sections = (
+        ("files", "Files", page["rows"]),
+        ("trade-off", "Size, quality, speed", page["has_pareto"]),
+        ("training", "Training", page["stages"]),
+        ("gates", "Proof", page["proved"]),
+        ("samples", "Samples", page["run"].results.samples),
+        ("data", "Data", page["data"]),
+        ("sources", "Where each number was made", page["sources"]),
+        ("recipe", "Recipe and machine", True),
+    )
+    return [(anchor, title) for anchor, title, content in sections if content]
+
+
+def _stage(run: RunRecord, stage: StageRecord) -> dict[str, Any]:
+    titles = {
+        "Loss while training, smoothed": figures.training_loss(stage),
+        "Quality on held-out text": figures.held_out(stage, run.results.checkpoints),
+    }
+    drawn = {title: figure for title, figure in titles.items() if figure is not None}
+    return {
+        "name": stage.name,
+        "facts": view.stage_facts(stage),
+        "events": view.stage_events(stage),
+        "plots": [(figure["id"], title) for title, figure in drawn.items()],
+        "figures": list(drawn.values()),
+    }
+
+
+def _trusted(*, with_plots: bool) -> dict[str, Any]:
+    """Style and scripts, which are ours and go into the page unescaped; the plot library only where there is a plot."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    templates = files("edgewright") / "templates"
+    css, js = ((templates / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    return {"css": Markup(css), "js": Markup(js), "plotly": Markup(get_plotlyjs() if with_plots else "")}
+
+
+def _machine(run: RunRecord) -> dict[str, object]:
+    """What measured: as the results say, else as the run's environment does."""
+    if run.results.machine:
+        return run.results.machine
+    machine = run.environment.get("machine", run.environment)
+    return machine if isinstance(machine, dict) else {}
+
+
+def _warnings(run: RunRecord) -> list[str]:
+    return [*run.results.warnings, *run.problems]
+
+
+def format_table(results: Mapping[str, object]) -> str:
+    """The table that ends a run: one line for each file of `results.json`, as plain text.
+
+    Args:
+        results: the object of `results.json`.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("file", overflow="fold")
+    titles = ("size", "bits per\nbyte", "KL to its\ncheckpoint", "first\ntoken", "tokens/s", "peak\nmemory", "gate")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in Results.model_validate(results).artifacts:
+        table.add_row(
+            each.name,
+            say.size(each.bytes),
+            say.bits(each.bits_per_byte),
+            say.small(each.kl),
+            say.milliseconds(each.ttft_ms),
+            say.rate(each.tokens_per_s, each.tokens_per_s_sd),
+            say.size(each.peak_memory),
+            each.gate or say.MISSING,
+        )
+    text = io.StringIO()
+    Console(file=text, width=160, color_system=None, highlight=False, markup=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+
+
+sys.modules[__name__].__class__ = VerbModule
