@@ -28,7 +28,7 @@ CONFIG_FILES = (
 TOKENIZER_FILES = ("tokenizer.json",)
 CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dylib", ".dll"})
 WEIGHT_SUFFIXES = frozenset({
-    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".safetensors", ".model",
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".safetensors",
 })  # fmt: skip
 
 CODE_KEYS = frozenset({"auto_map", "auto_mapping", "custom_pipelines", "custom_generate", "trust_remote_code"})
@@ -47,7 +47,7 @@ IMPLEMENTATIONS = frozenset({
 """What an implementation key may say; anything else is the name of a repository with a kernel to download and run."""
 
 # A pickle of protocol 0 or 1 has no magic; it names what it calls as `c<module>\n<name>\n` or `i<module>\n<name>\n`.
-_TEXT_GLOBAL = re.compile(rb"(?:^|[\s(\]}.)\x80-\xff])[ci][A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n")
+_TEXT_GLOBAL = re.compile(rb"[ci][A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n")
 _PICKLE_OPCODES = frozenset(b"()012FINJKLMPQRSTUVX]abcdeghijlopqrstu}BCG.\x82\x83\x84\x85\x86\x87\x88\x89\x8a\x8b\x8c")
 _ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!", b"\x78\x9c", b"\x78\x01")
 _MEMBER = re.compile(rb"\.(?:pkl|pickle|npy|joblib|dill)|data\.pkl|archive/")
