@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
@@ -70,22 +71,39 @@ class HfData(Source):
                 fix="set data.allow_download to true, or give a local copy as data.path",
             )
 
-    def _rows(self) -> Any:
+    def _rows(self) -> Iterator[dict[str, Any]]:
         try:
             import datasets
         except ImportError as error:
             raise BadInput(
                 "EW-207", "data.type `hf` needs the package datasets", fix="pip install 'edgewright[data]'"
             ) from error
-        if self.path is None:
-            return datasets.load_dataset(self.hub, self.name, split=self.split, revision=self.revision, streaming=True)
-        if (self.path / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(str(self.path))[self.split]
-        if (self.path / "dataset_info.json").is_file():
-            return datasets.load_from_disk(str(self.path))
-        if self.path.is_dir():
-            return datasets.load_dataset(str(self.path), self.name, split=self.split, streaming=True)
-        return datasets.load_dataset(_builder(self.path), data_files=str(self.path), split="train", streaming=True)
+        try:
+            yield from _open(datasets, self)
+        except (ValueError, KeyError, OSError) as error:  # what `datasets` and pyarrow raise for what they cannot read
+            raise BadInput(
+                "EW-209",
+                "the data set cannot be read",
+                where=self.path or self.hub,
+                found=error,
+                fix="check data.path, data.name and data.split",
+            ) from error
+
+
+def _open(datasets: ModuleType, config: HfData) -> Iterable[dict[str, Any]]:
+    """The rows of the split: from the hub, from `save_to_disk`, from a folder of files, or from one file."""
+    if config.path is None:
+        return datasets.load_dataset(
+            config.hub, config.name, split=config.split, revision=config.revision, streaming=True
+        )
+    path = str(config.path)
+    if (config.path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(path)[config.split]
+    if (config.path / "dataset_info.json").is_file():
+        return datasets.load_from_disk(path)
+    if config.path.is_dir():
+        return datasets.load_dataset(path, config.name, split=config.split, streaming=True)
+    return datasets.load_dataset(_builder(config.path), data_files=path, split="train", streaming=True)
 
 
 _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}

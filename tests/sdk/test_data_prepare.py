@@ -349,9 +349,19 @@ def test_a_local_data_set(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
     rows = {"text": [f"document {number} " * 5 for number in range(50)]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
-    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "a.parquet"))
-    for path in (tmp_path / "saved", tmp_path / "a.parquet"):
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows)}).save_to_disk(str(tmp_path / "splits"))
+    file = tmp_path / "folder" / "a.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(str(file))
+    for path in (tmp_path / "saved", tmp_path / "splits", file, file.parent):
         assert [text for _, text in iterate_documents(HfData(path=path))] == rows["text"]
+    for path in (tmp_path / "splits", file.parent):
+        with pytest.raises(BadInput, match="EW-209"):
+            list(iterate_documents(HfData(path=path, split="nothing")))
+    with pytest.raises(BadInput, match="in the column 'body'"):
+        list(iterate_documents(HfData(path=file, text_key="body")))
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(BadInput, match="EW-209"):
+        list(iterate_documents(HfData(path=file)))
 
 
 def test_importing_takes_nothing_heavy() -> None:
