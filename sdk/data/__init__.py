@@ -8,7 +8,7 @@ from edgewright.data.batches import IGNORED, Batch, Batches
 from edgewright.data.documents import iterate_documents
 from edgewright.data.files import FilesData
 from edgewright.data.hf import HfData
-from edgewright.data.prepare import Corpus, check_data, prepare_data
+from edgewright.data.prepare import Corpus, prepare_data
 from edgewright.data.shards import TokenStream
 from edgewright.data.stdlib import StdlibData
 from edgewright.data.text import Counts
@@ -30,7 +30,6 @@ __all__ = [
     "StdlibData",
     "TokenStream",
     "TrainTokenizer",
-    "check_data",
     "iterate_documents",
     "prepare_data",
 ]

@@ -53,7 +53,7 @@ class Corpus:
     train: TokenStream
     held_out: TokenStream
     fingerprint: str
-    """Changes with the sources, the settings and the tokenizer."""
+    """Hash of the tokens and the tokenizer themselves: the same however and wherever they were made."""
     report: dict[str, Any]
     """What was read, kept and dropped: JSON."""
 
@@ -84,20 +84,6 @@ def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
     corpus = _open(directory, index)
     _check_length(corpus, config)
     return corpus
-
-
-def check_data(config: Source) -> None:
-    """Find out in a moment whether `prepare_data` could start: files, tokenizer, and the first document.
-
-    Raises:
-        BadInput, NeedsNetwork: as `prepare_data`.
-    """
-    config.fingerprint()
-    if isinstance(config.tokenizer, PretrainedTokenizer):
-        load_encoder(config.tokenizer.path)
-    counts = Counts()
-    if next(_documents(config, counts, None), None) is None:
-        raise _empty(counts)
 
 
 def _fingerprint(config: Source) -> str:
@@ -233,7 +219,14 @@ def _batched(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWriter]) -> None:
     if not counts.documents:
-        raise _empty(counts)
+        raise BadInput(
+            "EW-210",
+            "the corpus is empty",
+            where="data",
+            expected="at least a few documents with text",
+            found=counts.summary(),
+            fix="check which files data.files names, and data.on_bad_text",
+        )
     for split, writer in writers.items():
         if not writer.documents:
             raise BadInput(
@@ -245,17 +238,6 @@ def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWr
                 fix="change data.held_out (0.2, say), give more documents, or set data.separator to what stands "
                 "between the documents of your .txt file, for instance a blank line",
             )
-
-
-def _empty(counts: Counts) -> BadInput:
-    return BadInput(
-        "EW-210",
-        "the corpus is empty",
-        where="data",
-        expected="at least a few documents with text",
-        found=counts.summary(),
-        fix="check which files data.files names, and data.on_bad_text",
-    )
 
 
 def _check_length(corpus: Corpus, config: Source) -> None:
@@ -293,6 +275,7 @@ def _summary(report: dict[str, Any], counts: Counts) -> str:
 
 
 def _open(directory: Path, index: dict[str, Any]) -> Corpus:
+    contents = {name: entry["sha256"] for name, entry in index["files"].items()}
     return Corpus(
         directory=directory,
         tokenizer_dir=directory / "tokenizer",
@@ -301,6 +284,6 @@ def _open(directory: Path, index: dict[str, Any]) -> Corpus:
         eos_id=index["eos_id"],
         train=open_stream(directory, index["files"][TRAIN]),
         held_out=open_stream(directory, index["files"][HELD_OUT]),
-        fingerprint=index["fingerprint"],
+        fingerprint=hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         report=index["report"],
     )

@@ -30,7 +30,7 @@ class Source(BaseModel, ABC):
 
     @abstractmethod
     def fingerprint(self) -> list[object]:
-        """What tells, without reading the text, whether the source is still the same (JSON values).
+        """What tells, without reading the text, whether the source is still the same: an entry for each file (JSON).
 
         Raises:
             BadInput: EW-203 when there is nothing there.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,8 @@ class StdlibData(Source):
 
     def fingerprint(self) -> list[object]:
         root = _root()
-        return [sys.version, *([name, (root / name).stat().st_size] for name in _names(root))]
+        statuses = [(name, (root / name).stat()) for name in _names(root)]
+        return [[name, status.st_size, status.st_mtime_ns] for name, status in statuses]
 
     def documents(self) -> Iterator[RawDocument]:
         root = _root()

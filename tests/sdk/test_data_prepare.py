@@ -21,7 +21,6 @@ from edgewright.data import (
     FilesData,
     HfData,
     StdlibData,
-    check_data,
     iterate_documents,
     prepare_data,
 )
@@ -99,6 +98,17 @@ def test_a_tokenizer_with_its_own_start_token(corpus_dir: Path, tmp_path: Path) 
     documents = " ".join(map(str, first.train.tokens.tolist()[1:-1])).split(" 0 ")
     expected = " ".join(f"{bos} {document} {eos}" for document in documents)
     assert second.train.tokens.tolist() == list(map(int, expected.split()))
+
+
+def test_a_corpus_is_known_by_its_contents(corpus_dir: Path, tmp_path: Path) -> None:
+    """So that a run goes on after its files were copied or touched, and not with other text."""
+    first, _ = prepare(small(corpus_dir), tmp_path / "data")
+    os.utime(corpus_dir / NAMES[0], (1, 1))
+    second, lines = prepare(small(corpus_dir), tmp_path / "data")
+    assert "changed" in lines[0] and second.fingerprint == first.fingerprint
+    (corpus_dir / NAMES[0]).write_text("other text")
+    third, _ = prepare(small(corpus_dir), tmp_path / "data")
+    assert third.fingerprint != first.fingerprint
 
 
 def test_the_tokenizer_learns_from_the_training_split_alone(tmp_path: Path) -> None:
@@ -259,7 +269,7 @@ def test_patterns(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         prepare(small(tmp_path / "gone"), tmp_path / "data")
     assert caught.value.code == "EW-203"
     with pytest.raises(BadInput, match="a folder"):
-        check_data(FilesData(files=str(corpus_dir)))
+        FilesData(files=str(corpus_dir)).fingerprint()
     (corpus_dir / "deep" / "er").mkdir(parents=True)
     (corpus_dir / "deep" / "er" / "x[1].md").write_text("x")
     names = [name for name, _ in iterate_documents(f"{corpus_dir}/**/*.md")]
@@ -272,7 +282,7 @@ def test_patterns(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     (corpus_dir / "table.xlsx").write_text("x")
     with pytest.raises(BadInput, match="EW-204"):
-        check_data(FilesData(files="*"))
+        FilesData(files="*").fingerprint()
 
 
 def test_documents_for_evaluation(corpus_dir: Path) -> None:
@@ -283,14 +293,6 @@ def test_documents_for_evaluation(corpus_dir: Path) -> None:
     train = dict(iterate_documents(config, split="train"))
     assert held_out.keys() == {name for name in NAMES if is_held_out(name, 0.2)}
     assert everything == {**train, **held_out} and len(train) + len(held_out) == len(NAMES)
-
-
-def test_check_opens_files_and_tokenizer(corpus_dir: Path, tmp_path: Path) -> None:
-    check_data(small(corpus_dir))
-    with pytest.raises(BadInput, match="EW-220"):
-        check_data(small(corpus_dir, tokenizer={"type": "pretrained", "path": str(tmp_path)}))
-    with pytest.raises(BadInput, match="EW-210"):
-        check_data(small(one_file(tmp_path / "empty", b" \n")))
 
 
 def test_memory_does_not_grow_with_a_document_of_one_line(corpus_dir: Path, tmp_path: Path) -> None:
