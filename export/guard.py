@@ -58,7 +58,7 @@ def check_model_directory(directory: Path, *, tokenizer: bool = True) -> None:
     """Refuse a Hugging Face model directory that is unsafe, incomplete or damaged.
 
     Args:
-        directory: the directory, with `config.json`, `*.safetensors` and (unless `tokenizer` is false) `tokenizer.json`.
+        directory: the directory, with `config.json`, `*.safetensors` and, if `tokenizer`, `tokenizer.json`.
         tokenizer: whether a tokenizer must be there.
 
     Raises:

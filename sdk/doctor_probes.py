@@ -153,7 +153,7 @@ def _compiler() -> str:
         command = [compiler, "-std=c++17", "-o", str(Path(folder) / "probe"), str(source)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False)
         if finished.returncode:
-            raise BadInput("EW-607", f"{compiler} does not compile: {finished.stderr.strip()[:200]}")
+            raise BadInput("EW-608", f"{compiler} does not compile: {finished.stderr.strip()[:200]}")
     return str(compiler)
 
 

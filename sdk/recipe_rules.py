@@ -10,18 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from edgewright.export.targets import TARGETS
 from edgewright.recipe_errors import did_you_mean, dotted, show
 from edgewright.recipe_shape import at
 from edgewright.yaml_positions import Path as TreePath
 from edgewright.yaml_positions import Problem, Tree
-
-QUANTS = {
-    "gguf": ("f32", "f16", "q8_0", "q4_0", "tq1_0", "tq2_0"),
-    "genai": ("fp32", "int8", "int4", "ternary"),
-}
-"""Widths of each target, by the target's own names."""
-EMBEDDING_QUANTS = {"gguf": ("f32", "f16", "q8_0", "q4_0"), "genai": ("fp32", "int8", "int4")}
-"""Those that hold token embedding and head."""
 
 
 def check_rules(
@@ -117,15 +110,16 @@ def _target(export: dict[str, Any], path: TreePath) -> Iterator[Problem]:
     target = export.get("to")
     if not isinstance(target, str):
         return
-    if target not in QUANTS:
-        expected, fix = " | ".join(QUANTS), did_you_mean(target, QUANTS)
+    if target not in TARGETS:
+        expected, fix = " | ".join(TARGETS), did_you_mean(target, TARGETS)
         what = f"{dotted(path)} has an unknown target"
         yield Problem(code="EW-123", what=what, path=(*path, "to"), expected=expected, found=show(target), fix=fix)
         return
-    for key, table in (("quant", QUANTS), ("embedding_quant", EMBEDDING_QUANTS)):
-        value, valid = export.get(key), table[target]
+    for key in ("quant", "embedding_quant"):
+        widths = {name: each.quants if key == "quant" else each.embedding_quants for name, each in TARGETS.items()}
+        value, valid = export.get(key), widths[target]
         if isinstance(value, str) and value not in valid:
-            other = next((name for name, quants in table.items() if value in quants), None)
+            other = next((name for name, quants in widths.items() if value in quants), None)
             fix = did_you_mean(value, valid) or (f"{value} is a width of {other}" if other else None)
             what = f"{target} has no such {key}"
             yield Problem(

@@ -16,9 +16,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from edgewright.errors import BadInput, EdgewrightError, Unsafe
 from edgewright.export import guard, guard_formats
-from safetensors.numpy import save_file
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 F32, Q8_0, TQ2_0 = 0, 8, 35
