@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +146,8 @@ def _doctor(result: dict[str, Any]) -> str:
 
 
 def _explain(result: dict[str, Any]) -> str:
-    return f"{result['code']}: {result['title']} (exit code {result['exit_code']})\n\n{result['text']}"
+    text = textwrap.fill(result["text"], width=100, break_long_words=False, break_on_hyphens=False)
+    return f"{result['code']}: {result['title']} (exit code {result['exit_code']})\n\n{text}"
 
 
 _TEXTS: dict[str, Text] = {

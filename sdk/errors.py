@@ -1,7 +1,7 @@
 """One exception family. Every user error says where, what was expected, what was found and what to do.
 
 The code `EW-nnn` is stable: its hundreds digit is the exit code's class, and `edgewright explain EW-nnn`
-prints the long form kept in `CATALOGUE` (`error_catalogue.py`).
+prints the long form kept in `templates/errors.md`.
 """
 
 from __future__ import annotations

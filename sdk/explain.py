@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from edgewright._verbs import VerbModule
-from edgewright.error_catalogue import CATALOGUE
+from edgewright.error_catalogue import catalogue
 from edgewright.errors import RecipeError
 
 
@@ -41,13 +41,12 @@ def explain(code: str) -> Explanation:
     """
     digits = re.fullmatch(r"(?:EW-?)?(\d+)", code.strip(), re.IGNORECASE)
     name = f"EW-{digits.group(1)}" if digits else code
-    if name not in CATALOGUE:
-        import difflib
-
-        close = difflib.get_close_matches(name, CATALOGUE, n=3, cutoff=0.6)
-        fix = f"did you mean {' or '.join(close)}?" if close else "the code stands at the end of an error's first line"
-        raise RecipeError("EW-192", "there is no such error code", expected="EW-nnn", found=code, fix=fix)
-    entry = CATALOGUE[name]
+    entries = catalogue()
+    if name not in entries:
+        near = [known for known in entries if known[:4] == name[:4]] or list(entries)
+        fix = "the code stands at the end of an error's first line"
+        raise RecipeError("EW-192", "there is no such error code", expected=", ".join(near), found=code, fix=fix)
+    entry = entries[name]
     return Explanation(code=name, title=entry.title, text=entry.text, exit_code=entry.exit_code)
 
 
