@@ -100,10 +100,12 @@ class LatticeTensor:
         return replace(self, codes=self.codes[order], scales=scales)
 
     def scales_rounded(self, dtype: type[np.floating]) -> LatticeTensor:
-        """The same codes with scales rounded to what `dtype` holds."""
-        with np.errstate(over="ignore"):
-            scales = self.scales.astype(dtype).astype(np.float32)
-        return replace(self, scales=scales)
+        """The same codes with scales rounded to what `dtype` holds.
+
+        Raises:
+            ValueError: a scale is too large for it.
+        """
+        return replace(self, scales=_rounded_to(dtype, self.scales))
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -162,7 +164,7 @@ def round_ternary(weight: np.ndarray, *, scale_dtype: type[np.floating] = np.flo
     This is post-training rounding (arXiv:2402.17764, equation 1). It ruins a model that was not trained for it.
     """
     weight = np.asarray(weight, np.float32)
-    scales = np.abs(weight).mean(axis=1, keepdims=True).astype(scale_dtype).astype(np.float32)
+    scales = _rounded_to(scale_dtype, np.abs(weight).mean(axis=1, keepdims=True))
     safe = np.where(scales == 0, np.float32(1), scales)
     codes = np.clip(np.rint(weight / safe), -1, 1).astype(np.int8)
     return LatticeTensor(codes=codes, scales=scales, group=None, bits=2, levels="ternary")
@@ -182,7 +184,7 @@ def round_int(
     levels: Levels = {4: "int4", 8: "int8"}[bits]  # type: ignore[assignment]
     high = 2 ** (bits - 1) - 1
     blocks = grouped(np.asarray(weight, np.float32), group)
-    scales = (np.abs(blocks).max(axis=2) / np.float32(high)).astype(scale_dtype).astype(np.float32)
+    scales = _rounded_to(scale_dtype, np.abs(blocks).max(axis=2) / np.float32(high))
     safe = np.where(scales == 0, np.float32(1), scales)
     codes = np.clip(np.rint(blocks / safe[..., None]), -high, high).astype(np.int8)
     codes = np.ascontiguousarray(codes.reshape(len(weight), -1)[:, : weight.shape[1]])
@@ -212,6 +214,12 @@ def round_q4_0(weight: np.ndarray) -> LatticeTensor:
     return _from_ggml(np.clip(codes, 0, 15) - 8, d, weight.shape, "int4")
 
 
+def _rounded_to(dtype: type[np.floating], scales: np.ndarray) -> np.ndarray:
+    """float32 with the precision of `dtype`; infinite where too large, which `LatticeTensor` refuses."""
+    with np.errstate(over="ignore"):
+        return scales.astype(dtype).astype(np.float32)
+
+
 def _inverse(d: np.ndarray) -> np.ndarray:
     """1 / d, and 0 where the reciprocal does not exist in float32: such a block is zero in any 16-bit scale."""
     with np.errstate(divide="ignore", over="ignore"):
@@ -222,7 +230,7 @@ def _inverse(d: np.ndarray) -> np.ndarray:
 def _from_ggml(codes: np.ndarray, d: np.ndarray, shape: tuple[int, ...], levels: Levels) -> LatticeTensor:
     return LatticeTensor(
         codes=codes.astype(np.int8).reshape(shape),
-        scales=d.astype(np.float16).astype(np.float32),
+        scales=_rounded_to(np.float16, d),
         group=32,
         bits={"int4": 4, "int8": 8}[levels],
         levels=levels,

@@ -158,16 +158,13 @@ def stored_lattice(source: Source, name: str, quant: str) -> LatticeTensor:
         BadInput: EW-508, a scale does not fit fp16.
     """
     lattice = source.lattice.get(name)
-    if lattice is not None and FORMATS[quant].holds_exactly(lattice) is not None:
-        with np.errstate(over="ignore"):
-            scales = lattice.scales.astype(np.float16)
-        lattice = lattice.scales_rounded(np.float16) if np.isfinite(scales).all() else None
-    if lattice is not None and FORMATS[quant].holds_exactly(lattice) is None:
-        return lattice
     try:
-        with np.errstate(over="ignore"):
-            return ROUND[quant](source.tensor(name))
-    except ValueError as error:  # scales must be finite
+        if lattice is not None:
+            lattice = lattice.scales_rounded(np.float16)
+            if FORMATS[quant].holds_exactly(lattice) is None:
+                return lattice
+        return ROUND[quant](source.tensor(name))
+    except ValueError as error:  # a scale is not finite
         raise _too_large(source, name, quant) from error
 
 
@@ -220,7 +217,11 @@ def _problem(source: Source, name: str, shape: tuple[int, ...], quant: str) -> s
     if shape[-1] % FORMATS[quant].block:
         return f"its rows of {shape[-1]} are no multiple of the block of {FORMATS[quant].block}"
     lattice = source.lattice.get(name)
-    return None if lattice is None else FORMATS[quant].holds_exactly(lattice.scales_rounded(np.float16))
+    if lattice is None or not FORMATS[quant].holds_exactly(lattice):
+        return None
+    if np.abs(lattice.scales).max() > np.finfo(np.float16).max:
+        return "a scale is too large for float16"
+    return FORMATS[quant].holds_exactly(lattice.scales_rounded(np.float16))
 
 
 # ---------------------------------------------------------------- names, shapes, rows
