@@ -103,7 +103,8 @@ def set_packed_linear(
 ) -> None:
     """Turn a `MatMul` with a constant weight into a `MatMulNBits`.
 
-    `accuracy_level` is 4 (activations in 8 bits per block): at 2 and 8 bits every other level is 20 to 50 times slower.
+    `accuracy_level` is 4 (activations in 8 bits per block): at 2 and 8 bits level 0 is ten times slower and more
+    (benchmarks/onnx_block_size.py).
 
     Args:
         graph: that holds the node.

@@ -15,6 +15,8 @@ import onnx
 from edgewright.export.onnx_graph import Graph, attributes, checkpoint_names, embedding_nodes, norm_name
 from edgewright.export.source import EMBEDDING, HEAD
 
+_WIDTHS: dict[object, str] = {2: "ternary", 4: "int4", 8: "int8"}
+
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
     """Linear weights, head, token embedding and norms, as float32, by checkpoint name.
@@ -26,7 +28,7 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
     query = decoder["num_attention_heads"] * decoder["head_size"]
     key = decoder["num_key_value_heads"] * decoder["head_size"]
     graph = Graph(onnx.load(folder / "model.onnx"))
-    weights = {EMBEDDING: _embedding(graph)}
+    weights = {EMBEDDING: _embedding(graph, columns=decoder["hidden_size"])}
     for node in graph.nodes("MatMul", "MatMulNBits"):
         names = checkpoint_names(_fp32_name(node.input[1]), head=HEAD)
         if names is None or (names == (HEAD,) and _is_tied(graph)):
@@ -48,6 +50,15 @@ def quantizes_activations(folder: Path) -> bool:
     return 4 in levels
 
 
+def matrix_widths(folder: Path) -> set[str]:
+    """In which widths the matrices of a folder are stored, by the names of `to_genai.QUANTS`."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    widths = {_WIDTHS[attributes(node)["bits"]] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    weights = {tensor.name for tensor in model.graph.initializer}
+    plain = any(node.op_type == "MatMul" and node.input[1] in weights for node in model.graph.node)
+    return widths | ({"fp32"} if plain else set())
+
+
 def dequantize(packed: np.ndarray, scales: np.ndarray, *, bits: int, columns: int) -> np.ndarray:
     """float32 `[rows, columns]` of uint8 `packed`, low bits first, zero point `2 ** (bits - 1)`, one scale a block."""
     rows = len(packed)
@@ -67,15 +78,12 @@ def _linear(graph: Graph, node: onnx.NodeProto) -> np.ndarray:
     return dequantize(graph.array(node.input[1]), graph.array(node.input[2]), bits=bits, columns=columns)
 
 
-def _embedding(graph: Graph) -> np.ndarray:
+def _embedding(graph: Graph, *, columns: int) -> np.ndarray:
     for node in graph.nodes("GatherBlockQuantized"):
         reshape = next(other for other in graph.nodes("Reshape") if other.output[0] == node.input[0])
         bits = attributes(node)["bits"]
         assert isinstance(bits, int)
-        slices = [other for other in graph.nodes("Slice") if other.input[0] == node.output[0]]
-        table, scales = graph.array(reshape.input[0]), graph.array(node.input[2])
-        columns = int(graph.array(slices[0].input[2])[0]) if slices else table[0].size * 8 // bits
-        return dequantize(table, scales, bits=bits, columns=columns)
+        return dequantize(graph.array(reshape.input[0]), graph.array(node.input[2]), bits=bits, columns=columns)
     gather, transpose = embedding_nodes(graph)
     if transpose is None:
         return graph.array(gather.input[0])

@@ -186,6 +186,12 @@ def _genai_differences(path: Path, source: Source) -> list[str]:
     return found
 
 
+def _genai_widths(path: Path) -> set[str]:
+    from edgewright.export.onnx_reader import matrix_widths
+
+    return matrix_widths(path)
+
+
 def _gguf_widths(path: Path) -> set[str]:
     from edgewright.export.gguf_reader import matrix_types
 
@@ -201,7 +207,7 @@ DIFFERENCES: dict[str, Callable[[Path, Source], list[str]]] = {
 
 WIDTHS_OF: dict[str, Callable[[Path], set[str]]] = {
     "gguf": _gguf_widths,
-    "genai": lambda path: {"int4"},
+    "genai": _genai_widths,
     "hf": lambda path: {"fp32"},
 }
 """The widths in a file that has no manifest; the most generous one where it does not tell."""

@@ -16,7 +16,7 @@ from edgewright.errors import BadInput, GateFailed
 from edgewright.export import to_genai
 from edgewright.export.lattice import LatticeTensor, detect_ternary, round_int
 from edgewright.export.onnx_graph import Graph, attributes, checkpoint_names
-from edgewright.export.onnx_reader import dequantize, quantizes_activations, read_weights
+from edgewright.export.onnx_reader import dequantize, matrix_widths, quantizes_activations, read_weights
 from edgewright.export.source import EMBEDDING, HEAD, Source, load_source
 
 FP32_TOLERANCE = 1e-3
@@ -195,6 +195,7 @@ def test_awkward_shapes_in_all_widths(
     reference = reference_logits(awkward.directory, tokens)
     assert divergence(reference, folder_logits(tmp_path / "out", tokens)) <= limit
     assert (quant == "ternary") == bool(written.fallbacks)
+    assert matrix_widths(tmp_path / "out") == {quant, *(f.quant for f in written.fallbacks), written.embedding_quant}
 
 
 def test_what_is_not_ternary_is_counted(awkward: Source, awkward_built: Path, tmp_path: Path) -> None:
@@ -357,6 +358,18 @@ def test_the_builders_refusal_is_told(ternary_model: Path, tmp_path: Path) -> No
     with pytest.raises(BadInput, match=r"\[EW-520\]") as caught:
         to_genai.build(model, tmp_path / "out")
     assert "Traceback" not in str(caught.value) and "not currently supported" in str(caught.value.found)
+
+
+def test_heads_that_the_attention_does_not_take_are_refused(
+    awkward: Source, awkward_built: Path, tmp_path: Path
+) -> None:
+    built = tmp_path / "built"
+    shutil.copytree(awkward_built, built)
+    config = json.loads((built / "genai_config.json").read_text())
+    config["model"]["decoder"]["head_size"] = 12
+    (built / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"\[EW-522\]"):
+        to_genai.pack(built, awkward, tmp_path / "out", quant="int8")
 
 
 def test_fixture_weights_are_what_they_claim(awkward: Source) -> None:
