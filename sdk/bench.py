@@ -29,6 +29,7 @@ from edgewright.machine import available_cores, describe_machine
 WORKER_COMMAND = (sys.executable, "-P", "-m", "edgewright.bench_worker")
 FEWEST_REPEATS_TO_TRUST = 5
 IDLE_SHARE_ALLOWED = 0.02  # processor time of a process that waits, as a share of the time it waits
+SPREAD_ALLOWED = 0.15  # standard deviation of tokens/s, as a share of the mean
 SETTLE_SECONDS = 0.02  # lets the threads of the runtime that was measured last go to sleep
 
 
@@ -150,6 +151,7 @@ def bench(
                 worker.round()
         rows = tuple(worker.row(prompt=prompt, generate=generate) for worker in workers)
         warnings = [warning for worker in workers for warning in worker.warnings()]
+        warnings += [warning for row in rows for warning in _spread_warnings(row)]
     if repeats < FEWEST_REPEATS_TO_TRUST:
         warnings.append(f"Only {repeats} repeats: below {FEWEST_REPEATS_TO_TRUST} the spread says little.")
     return BenchReport(
@@ -284,6 +286,14 @@ class Worker:
             found=f"{how}; it last said: {' | '.join(said[-3:]) or 'nothing'}",
             fix=f"try it alone: edgewright generate {self.file.path}",
         )
+
+
+def _spread_warnings(row: BenchRow) -> list[str]:
+    """Says so when the repeats disagree so much that the mean means little."""
+    share = row.tokens_per_s_sd / row.tokens_per_s
+    if share <= SPREAD_ALLOWED:
+        return []
+    return [f"{row.artifact.path}: tokens/s spread by {share:.0%}: the machine was busy, or the test too short."]
 
 
 def _mean_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -54,11 +54,14 @@ def describe_model(path: str | Path) -> ModelFile:
     if (path / "config.json").is_file() and weights:
         size = sum(each.stat().st_size for each in weights)
         return ModelFile(path=path, to="hf", quant=_main_dtype(weights), bytes=size, gate=None)
+    several = ", ".join(sorted(each.name for each in path.glob("*.gguf")))
     raise BadInput(
         "EW-390",
         "this is no model that can be opened",
         where=path,
         expected="a .gguf file, a folder with genai_config.json, or a Hugging Face directory with safetensors",
+        found=f"several GGUF files: {several}" if several else None,
+        fix="name one of them" if several else None,
     )
 
 

@@ -25,6 +25,8 @@ WIDE_PLOT, NARROW_PLOT = (1010.0, 310.0), (270.0, 270.0)
 MOST_POINTS = 1500
 """More points of a curve than pixels help nobody: longer curves are thinned."""
 
+MOST_MARKERS = 40
+
 AXIS: Figure = {
     "gridcolor": "var(--grid)",
     "linecolor": "var(--line)",
@@ -262,10 +264,11 @@ def held_out(stage: StageRecord, checkpoints: Sequence[CheckpointResult]) -> Fig
         for step, value in zip(stage.evaluated_steps, stage.bits_per_byte, strict=True)
     ]
     curve = _curve(stage.evaluated_steps, stage.bits_per_byte, color="var(--second)", width=2.2, hover=hover)
+    mode = "lines+markers" if len(stage.evaluated_steps) <= MOST_MARKERS else "lines"
     values = [*stage.bits_per_byte, *(each.bits_per_byte for each in others if each.bits_per_byte is not None)]
     return {
         "id": f"held-out-{stage.name}",
-        "data": [{**curve, "mode": "lines+markers", "marker": {"size": 7, "color": "var(--second)"}}],
+        "data": [{**curve, "mode": mode, "marker": {"size": 7, "color": "var(--second)"}}],
         "layout": {
             **LAYOUT,
             "height": 280,
@@ -317,14 +320,15 @@ def _axis(title: str, **settings: object) -> Figure:
 def smoothed(values: Sequence[float]) -> list[float]:
     """Mean over a window of a twentieth of the curve around each value, so that the line does not lag behind.
 
-    At both ends the window shrinks to what is there on both sides.
+    At the start, where curves are steep, the window shrinks on both sides; at the end only on the side that ends.
     """
     half = max(len(values) // 40, 1)
     sums = [0.0, *itertools.accumulate(values)]
     result = []
     for middle in range(len(values)):
-        reach = min(half, middle, len(values) - 1 - middle)
-        result.append((sums[middle + reach + 1] - sums[middle - reach]) / (2 * reach + 1))
+        reach = min(half, middle)
+        first, after = middle - reach, min(middle + reach + 1, len(values))
+        result.append((sums[after] - sums[first]) / (after - first))
     return result
 
 

@@ -151,7 +151,7 @@ def _tiles(best: ArtifactResult, baseline: ArtifactResult | None) -> list[Tile]:
             Tile(
                 value=f"{relative} %",
                 label="bits per byte",
-                detail=f"the cost in quality: {say.bits(baseline.bits_per_byte)} → {say.bits(best.bits_per_byte)}",
+                detail=f"quality: {say.bits(baseline.bits_per_byte)} → {say.bits(best.bits_per_byte)}, lower is better",
             )
         )
     return tiles

@@ -105,6 +105,20 @@ class SlowSession(CountingSession):
         return super().append(tokens, logits)
 
 
+class JumpySession(CountingSession):
+    """2 ms for every token, in every second test of generation 20."""
+
+    tests = 0
+
+    def rewind(self, length: int) -> None:
+        super().rewind(length)
+        self.tests += 1
+
+    def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
+        time.sleep(0.02 if self.tests % 4 == 0 else 0.002)
+        return super().append(tokens, logits)
+
+
 class BigSession(CountingSession):
     """Holds 200 MB."""
 
@@ -137,6 +151,7 @@ BEHAVIOURS = {
     "crashing": CrashingSession,
     "printing": PrintingSession,
     "slow": SlowSession,
+    "jumpy": JumpySession,
     "big": BigSession,
     "busy": BusySession,
     "refused": RefusedSession,

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from edgewright.errors import BadInput, RecipeError
 from edgewright.inventory import describe_model
 from edgewright.machine import describe_machine, peak_memory, resident_memory
 
+Fakes = Callable[..., list[Path]]
+
 FAKE = Path(__file__).with_name("fake_session.py")
 
 
 @pytest.fixture
-def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     """A function that makes a GGUF-named file which the fake worker opens with the behaviour of its name."""
     monkeypatch.setattr(bench_module, "WORKER_COMMAND", (sys.executable, str(FAKE)))
     monkeypatch.setenv("FAKE_SESSION_LOG", str(tmp_path / "log"))
@@ -37,8 +40,8 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     return make
 
 
-def test_rows_have_the_names_that_scripts_rely_on(fakes) -> None:  # type: ignore[no-untyped-def]
-    report = bench(*fakes("counting"), prompt=8, generate=4, repeats=5, threads=1).to_json()
+def test_rows_have_the_names_that_scripts_rely_on(fakes: Fakes) -> None:
+    report = bench(*fakes("slow"), prompt=8, generate=4, repeats=5, threads=1).to_json()
     assert report["schema_version"] == 1
     assert report["threads"] == 1 and report["machine"]["threads"] == 1  # type: ignore[index]
     assert (report["prompt"], report["generate"], report["repeats"], report["warnings"]) == (8, 4, 5, [])
@@ -55,7 +58,7 @@ def test_rows_have_the_names_that_scripts_rely_on(fakes) -> None:  # type: ignor
     json.dumps(report)
 
 
-def test_rates_are_tokens_over_seconds(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_rates_are_tokens_over_seconds(fakes: Fakes) -> None:
     """A model that sleeps 10 ms per token can do at most 100 tokens/s, and its first token takes prompt * 10 ms."""
     row = bench(*fakes("slow"), prompt=6, generate=3, repeats=2, threads=1).artifacts[0]
     assert 0 < row.tokens_per_s <= 100 and 0 < row.prompt_tokens_per_s <= 100
@@ -63,7 +66,7 @@ def test_rates_are_tokens_over_seconds(fakes) -> None:  # type: ignore[no-untype
     assert row.prompt_tokens_per_s == pytest.approx(6000 / row.ttft_ms, rel=0.3)
 
 
-def test_artifacts_take_turns(fakes, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_artifacts_take_turns(fakes: Fakes, tmp_path: Path) -> None:
     """A B A B ...: warm-up, then each round; every test from an empty cache, with the threads asked for."""
     bench(*fakes("counting", "printing"), prompt=7, generate=5, repeats=2, threads=3)
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
@@ -71,6 +74,14 @@ def test_artifacts_take_turns(fakes, tmp_path: Path) -> None:  # type: ignore[no
     assert prompts == ["counting", "printing"] * 3
     assert {threads for _, threads, _ in lines} == {"3"}
     assert {length for _, _, length in lines} == {"0", "7", "5"}
+
+
+def test_the_warm_up_is_not_counted(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged = []
+    mean_sd = bench_module._mean_sd
+    monkeypatch.setattr(bench_module, "_mean_sd", lambda values: averaged.append(len(values)) or mean_sd(values))
+    bench(*fakes("counting"), prompt=2, generate=2, repeats=3, threads=1)
+    assert averaged == [3, 3, 3]
 
 
 def test_serve_runs_both_tests_from_an_empty_cache(tmp_path: Path) -> None:
@@ -90,39 +101,46 @@ def test_serve_runs_both_tests_from_an_empty_cache(tmp_path: Path) -> None:
     assert measured["first"] >= measured["prompt"] > 0 and measured["generate"] > 0
 
 
-def test_peak_memory_is_the_process_own(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_peak_memory_is_the_process_own(fakes: Fakes) -> None:
     small, big = bench(*fakes("counting", "big"), prompt=2, generate=2, repeats=1, threads=1).artifacts
     assert 190e6 < big.peak_memory - small.peak_memory < 260e6
     assert small.baseline_memory is not None and small.baseline_memory <= small.peak_memory
 
 
-def test_prints_of_a_runtime_do_not_mix_with_replies(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_prints_of_a_runtime_do_not_mix_with_replies(fakes: Fakes) -> None:
     assert bench(*fakes("printing"), prompt=2, generate=2, repeats=1, threads=1).artifacts[0].tokens_per_s > 0
 
 
-def test_a_process_that_does_not_rest_is_reported(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_a_process_that_does_not_rest_is_reported(fakes: Fakes) -> None:
     report = bench(*fakes("busy", "slow"), prompt=5, generate=5, repeats=5, threads=1)
     assert [warning for warning in report.warnings if "busy.gguf" in warning and "faster than shown" in warning]
     assert not [warning for warning in report.warnings if "slow.gguf" in warning]
 
 
-def test_few_repeats_are_warned_about(fakes) -> None:  # type: ignore[no-untyped-def]
-    assert "Only 4 repeats" in bench(*fakes("counting"), prompt=2, generate=2, repeats=4, threads=1).warnings[0]
+def test_few_repeats_are_warned_about(fakes: Fakes) -> None:
+    report = bench(*fakes("slow"), prompt=2, generate=2, repeats=4, threads=1)
+    assert [warning for warning in report.warnings if "Only 4 repeats" in warning]
 
 
-def test_a_dead_process_names_its_artifact_and_last_words(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_numbers_that_disagree_are_warned_about(fakes: Fakes) -> None:
+    """Every second round of this model is ten times slower."""
+    report = bench(*fakes("jumpy"), prompt=2, generate=2, repeats=6, threads=1)
+    assert [warning for warning in report.warnings if "jumpy.gguf: tokens/s spread by" in warning]
+
+
+def test_a_dead_process_names_its_artifact_and_last_words(fakes: Fakes) -> None:
     with pytest.raises(BadInput, match=r"crashing\.gguf.*EW-610") as caught:
         bench(*fakes("counting", "crashing"), prompt=2, generate=2, repeats=1, threads=1)
     assert "exit status 3" in str(caught.value.found) and "out of luck" in str(caught.value.found)
 
 
-def test_errors_of_the_runtime_arrive_whole(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_errors_of_the_runtime_arrive_whole(fakes: Fakes) -> None:
     with pytest.raises(BadInput, match=r"refused\.gguf: a package is missing \[EW-603\]") as caught:
         bench(*fakes("refused"), prompt=2, generate=2, repeats=1, threads=1)
     assert caught.value.fix == "pip install it"
 
 
-def test_a_test_longer_than_the_context_is_refused(fakes) -> None:  # type: ignore[no-untyped-def]
+def test_a_test_longer_than_the_context_is_refused(fakes: Fakes) -> None:
     with pytest.raises(BadInput, match="EW-611"):
         bench(*fakes("counting"), prompt=101, generate=2, repeats=1, threads=1)
 
@@ -135,6 +153,10 @@ def test_nonsense_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="EW-390"):
         bench(tmp_path / "nothing.gguf")
     with pytest.raises(BadInput, match="EW-390"):
+        bench(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match="several GGUF files: a.gguf, b.gguf"):
         bench(tmp_path)
 
 

@@ -278,10 +278,10 @@ def test_names_keep_out_of_each_others_way() -> None:
 
 def test_smoothing_and_thinning() -> None:
     line = [float(value) for value in range(400)]
-    assert figures.smoothed(line) == pytest.approx(line)  # no lag
+    assert figures.smoothed(line)[:-10] == pytest.approx(line[:-10])  # no lag
     assert figures.smoothed([3.0]) == [3.0]
     noisy = [value % 2 for value in range(400)]
-    assert all(abs(value - 0.5) < 0.1 for value in figures.smoothed(noisy)[10:-10])
+    assert all(abs(value - 0.5) < 0.1 for value in figures.smoothed(noisy)[10:])
     thin = figures.thinned(range(10_000))
     assert len(thin) <= figures.MOST_POINTS and thin[-1] == 9_999 and thin == sorted(thin)
     assert figures.thinned([1, 2, 3]) == [1, 2, 3]
