@@ -81,7 +81,9 @@ def problems(error: ValidationError, model: type[BaseModel], tree: Tree) -> list
     by_path: dict[Path, Problem] = {}
     for details in error.errors(include_url=False):
         problem = _problem(details, model, tree)
-        if details["type"] == "too_short" and any(path[: len(problem.path)] == problem.path for path in by_path):
+        if details["type"] == "too_short" and any(
+            len(path) > len(problem.path) and path[: len(problem.path)] == problem.path for path in by_path
+        ):
             continue  # only because the items that are wrong were not counted
         before = by_path.get(problem.path)
         if before is not None and before.expected != problem.expected:  # branches of one union, each with its wish
