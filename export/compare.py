@@ -17,6 +17,9 @@ from edgewright.export.runtimes.session import Session
 TIE = 1e-3
 """Logits closer than this are equal: which of them wins says nothing about a model."""
 
+MAX_LOGITS = 2**24
+"""Logits of a text at most (64 MB each time that it is read), unless that left less than 64 tokens."""
+
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "def add(a, b):\n    return a + b  # 12345 + 678\n",
@@ -55,7 +58,7 @@ def compare(
     Args:
         reference: what is right; it must give logits and rewind.
         candidate: what is judged; it must give logits and rewind.
-        tokens: length of the text; less where a context is shorter.
+        tokens: length of the text; less where a context is shorter or the vocabulary is very large.
         greedy: tokens to generate greedily.
         seed: of the text.
 
@@ -72,7 +75,8 @@ def compare(
             fix="compare a file with the checkpoint that it was made from",
         )
     context = min(reference.context_length, candidate.context_length)
-    text, decoded = _written_by(reference, min(tokens, context), seed)
+    tokens = min(tokens, context, max(64, MAX_LOGITS // reference.vocab_size))
+    text, decoded = _written_by(reference, tokens, seed)
     short = max(2, len(text) // 8)
     reference.rewind(0)
     whole = _rows(reference, text)

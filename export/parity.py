@@ -192,6 +192,18 @@ def _genai_widths(path: Path) -> set[str]:
     return matrix_widths(path)
 
 
+def _hf_differences(path: Path, source: Source) -> list[str]:
+    """Every tensor of the checkpoint, value for value."""
+    import numpy as np
+
+    other = load_source(path)
+    missing = [f"{name} is not in the model" for name in source.names if name not in other.files]
+    shared = [name for name in source.names if name in other.files]
+    return missing + [
+        f"{name} differs" for name in shared if not np.array_equal(source.tensor(name), other.tensor(name))
+    ]
+
+
 def _gguf_widths(path: Path) -> set[str]:
     from edgewright.export.gguf_reader import matrix_types
 
@@ -201,7 +213,7 @@ def _gguf_widths(path: Path) -> set[str]:
 DIFFERENCES: dict[str, Callable[[Path, Source], list[str]]] = {
     "gguf": _gguf_differences,
     "genai": _genai_differences,
-    "hf": lambda path, source: [],
+    "hf": _hf_differences,
 }
 """Where a file is not what the lattice says, in words."""
 

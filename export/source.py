@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import MAX_INDEX_BYTES, check_model_directory, read_json
 from edgewright.export.lattice import SIDECAR, LatticeTensor, detect_ternary, load_sidecar
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
 EMBEDDING = "model.embed_tokens.weight"
@@ -95,10 +98,12 @@ def load_source(directory: Path | str) -> Source:
     """Open a model directory for export.
 
     Raises:
-        Unsafe, BadInput: what `check_model_directory` refuses; EW-320 to EW-323 for lattice and tensors.
+        Unsafe, BadInput: what `check_model_directory` refuses; EW-320 to EW-323 for lattice and tensors; EW-325
+            for the tokenizer.
     """
     directory = Path(directory)
     check_model_directory(directory)
+    open_tokenizer(directory)
     files = _tensor_files(directory)
     optional = directory / "tokenizer_config.json"
     return Source(
@@ -110,6 +115,30 @@ def load_source(directory: Path | str) -> Source:
         files=files,
         sha256=weights_sha256(directory),
     )
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checked model directory; special tokens in a text are plain text to it.
+
+    Raises:
+        BadInput: EW-325, tokenizer.json is not what the library `tokenizers` reads.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise BadInput(
+            "EW-325",
+            "the tokenizer of this model cannot be read",
+            where=path.absolute(),
+            expected="a tokenizer.json of the library tokenizers",
+            found=str(error)[:200],
+            fix="save the tokenizer again with save_pretrained",
+        ) from error
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def weights_sha256(directory: Path) -> str:

@@ -44,6 +44,21 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 FALLBACKS = ("q8_0", "f16")
 """What takes a tensor that the width asked for cannot hold: the first of these that can."""
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+"""What config.json must say."""
+
+ROPE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": (
+        "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
+"""The kinds of rotary positions that llama.cpp computes for this architecture, and what each must say."""
+
 _LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -295,17 +310,23 @@ def _check_architecture(source: Source) -> None:
         BadInput: EW-505.
     """
     config = source.config
+    for key in SIZES:
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            raise refuse(source, f"{key!r} in config.json", "a positive number", config.get(key))
     rope = rope_parameters(config)
     needed = (
         ("architectures", config.get("architectures"), [[name] for name in ARCHITECTURES]),
         ("hidden_act", config.get("hidden_act", "silu"), ["silu"]),
         ("sliding_window", config.get("sliding_window"), [None]),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", config.get("partial_rotary_factor")), [None, 1.0]),
-        ("rope_type", rope["rope_type"], ["default", "linear", "llama3"]),
+        ("rope_type", rope["rope_type"], list(ROPE_SETTINGS)),
     )
     for key, found, legal in needed:
         if found not in legal:
             raise refuse(source, f"{key!r} in config.json", " or ".join(map(str, legal)), found)
+    for key in ROPE_SETTINGS[rope["rope_type"]]:
+        if not isinstance(rope.get(key), int | float):
+            raise refuse(source, f"{key!r} of the rotary positions in config.json", "a number", rope.get(key))
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -331,7 +352,7 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, config: dict[str, Any], sour
     writer.add_head_count_kv(keys)
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
     writer.add_rope_dimension_count(head_size(config))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":

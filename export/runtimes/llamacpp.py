@@ -93,7 +93,7 @@ class LlamaCppSession(Session):
     def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
         self._check_open()
         self.check_room(tokens)
-        rows = np.empty((len(tokens) if logits == "all" else 1, self.vocab_size), np.float32)
+        rows = np.empty((len(tokens) if logits == "all" else min(1, len(tokens)), self.vocab_size), np.float32)
         size = min(BATCH, self.context_length)
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]

@@ -55,8 +55,8 @@ class Session(ABC):
         """Run tokens through the model, behind those in the cache.
 
         Returns:
-            float32 `[len(tokens), vocab]` for "all", `[1, vocab]` for "last", None for "none". The array is the
-            caller's own. Row i is the prediction of the token after `tokens[i]`.
+            float32 `[len(tokens), vocab]` for "all", `[1, vocab]` for "last" (no row without tokens), None for "none".
+            The array is the caller's own. Row i is the prediction of the token after `tokens[i]`.
 
         Raises:
             BadInput: EW-602 when the cache has no room for them; nothing was appended then.

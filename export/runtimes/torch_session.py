@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
 from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
-from edgewright.export.source import special_ids
+from edgewright.export.source import open_tokenizer, special_ids
 from edgewright.student import load_model
 
 
@@ -32,8 +31,7 @@ class TorchSession(Session):
         self._model: PreTrainedModel | None = load_model(path)
         self._model.generation_config = GenerationConfig()
         self._model.eval()
-        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer = open_tokenizer(path)
         self._cache = DynamicCache()
         config = self._model.config
         self.vocab_size = int(config.vocab_size)
@@ -67,6 +65,8 @@ class TorchSession(Session):
 
     def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
         self.check_room(tokens)
+        if not tokens:
+            return None if logits == "none" else np.empty((0, self.vocab_size), np.float32)
         with torch.inference_mode():
             output = self.model(
                 input_ids=torch.tensor([list(tokens)]),

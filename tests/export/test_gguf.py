@@ -263,6 +263,8 @@ def test_the_trained_model_tells_its_story(stories, tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"intermediate_size": 511}, "another shape"),
         ({"num_hidden_layers": 1}, "no place for the tensor"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}}, "low_freq_factor"),
     ],
 )
 def test_models_that_llama_cpp_cannot_hold_are_refused_by_name(ternary_model, tmp_path, change, named):
@@ -362,13 +364,23 @@ def test_a_real_sentencepiece_vocabulary(ternary_model, tmp_path):
             assert candidate.tokenize(text) == reference.tokenize(text), text
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+WORD_PIECE = {
+    "type": "WordPiece",
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+    "vocab": {"[UNK]": 0},
+}
+
+
 @pytest.mark.parametrize(
     ("change", "code", "named"),
     [
         ({"pre_tokenizer": {"type": "Whitespace"}}, "EW-506", "pre-tokenizer"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "EW-506", "pre-tokenizer"),
+        ({"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}}, "EW-506", "pre-tokenizer"),
         ({"normalizer": {"type": "Lowercase"}}, "EW-506", "normalizer"),
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "EW-506", "WordPiece"),
+        ({"model": WORD_PIECE}, "EW-506", "WordPiece"),
     ],
 )
 def test_unknown_tokenizers_are_refused(ternary_model, tmp_path, change, code, named):
@@ -376,6 +388,12 @@ def test_unknown_tokenizers_are_refused(ternary_model, tmp_path, change, code, n
     with pytest.raises(BadInput, match=code) as error:
         read_vocabulary(load_source(model))
     assert named in str(error.value)
+
+
+def test_a_tokenizer_file_that_is_none_is_refused(ternary_model, tmp_path):
+    model = edited(ternary_model, tmp_path / "model", lambda value: value["model"].pop("vocab"), "tokenizer.json")
+    with pytest.raises(BadInput, match=r"tokenizer\.json.*EW-325"):
+        load_source(model)
 
 
 def test_a_tokenizer_of_another_model_is_refused(ternary_model, tmp_path):

@@ -71,6 +71,10 @@ def test_verify_measures_the_same_again(certified, ternary_model):
     assert {"path", "against", "schema_version"} <= parity.to_json().keys()
 
 
+def test_a_checkpoint_can_be_verified_too(ternary_model, awkward_model):
+    assert edgewright.verify(ternary_model, against=ternary_model, threads=1).gate == "passed"
+
+
 def test_verify_needs_no_manifest(certified, ternary_model, tmp_path):
     shutil.copy(certified.path, tmp_path / "alone.gguf")
     parity = edgewright.verify(tmp_path / "alone.gguf", against=ternary_model, threads=1)

@@ -53,6 +53,9 @@ def test_all_last_and_none(session):
     session.rewind(0)
     assert session.append(TOKENS, "none") is None
     assert session.length == len(TOKENS)
+    for logits in ("all", "last"):
+        nothing = session.append([], logits)
+        assert nothing is not None and nothing.shape == (0, session.vocab_size)
 
 
 def test_logits_are_the_callers_own(session):
