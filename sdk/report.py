@@ -114,6 +114,7 @@ def _page(run: RunRecord) -> dict[str, Any]:
         "machine": view.facts(_machine(run)),
         "environment": view.facts(run.environment),
         "has_pareto": pareto is not None,
+        "has_origin": bool(run.recipe_text or run.environment or _machine(run)),
         "figures": drawn,
         **_trusted(with_plots=bool(drawn)),
     }
@@ -130,7 +131,7 @@ def _sections(page: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("samples", "Samples", page["run"].results.samples),
         ("data", "Data", page["data"]),
         ("sources", "Where each number was made", page["sources"]),
-        ("recipe", "Recipe and machine", True),
+        ("recipe", "Recipe and machine", page["has_origin"]),
     )
     return [(anchor, title) for anchor, title, content in sections if content]
 
