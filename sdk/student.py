@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from edgewright.errors import BadInput
 from edgewright.paths import RecipePath
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     """Open a local causal-LM directory in `dtype` (float32 unless given), after the guard has passed it.
 
     Raises:
-        BadInput: EW-3xx, the directory is incomplete or damaged.
+        BadInput: EW-3xx, the directory is incomplete or damaged; EW-324, weights are missing.
         Unsafe: EW-3xx, it holds code or pickles.
     """
     import torch
@@ -123,14 +124,27 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     from edgewright.export.guard import check_model_directory
 
     check_model_directory(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype or torch.float32,
         attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,
+        output_loading_info=True,
     )
-    return model
+    model, info = loaded
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:  # transformers would fill them with random numbers
+        raise BadInput(
+            "EW-324",
+            "the model's files lack weights of its architecture",
+            where=directory.absolute(),
+            expected="every weight of the architecture that config.json names",
+            found=f"{len(missing)} missing or of another shape, the first {missing[0]}",
+            fix="save the whole model again with save_pretrained",
+        )
+    opened: PreTrainedModel = model
+    return opened
 
 
 def hidden_states(model: PreTrainedModel, inputs: ModelInputs) -> Tensor:

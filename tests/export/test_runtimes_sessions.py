@@ -219,6 +219,19 @@ def test_damaged_files_are_refused_before_the_runtime_sees_them(gguf_file, terna
         open_session(model)
 
 
+def test_missing_weights_are_not_made_up(ternary_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(ternary_model, model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"EW-324") as error:
+        open_session(model)
+    assert "model.layers.1.mlp.up_proj.weight" in str(error.value)
+
+
 def test_what_llama_cpp_cannot_open_is_quoted(ternary_model, tmp_path, monkeypatch):
     from edgewright.export import to_gguf
 
