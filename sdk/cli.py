@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn, Protocol
@@ -74,14 +74,15 @@ def _failed(error: BaseException, as_json: bool) -> int:
     """Report what went wrong, in the form that was asked for; the exit code."""
     from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
 
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, BrokenPipeError):  # whoever read our output has gone; typer makes an exit of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else BUG
     if isinstance(error, KeyboardInterrupt):
         print("stopped by SIGINT", file=sys.stderr)
         return 130
-    if isinstance(error, BrokenPipeError):  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     if isinstance(error, TyperException):
         fix = "edgewright --help, or --help after a command, lists what there is"
         error = RecipeError("EW-100", f"this command line is not understood: {error.format_message()}", fix=fix)
@@ -118,9 +119,9 @@ def _quiet_stdout() -> Iterator[None]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
-        sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
 

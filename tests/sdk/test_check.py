@@ -1,0 +1,185 @@
+"""`check`: what would stop a run is found in seconds, and nothing is trained or written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from edgewright.check import CheckReport, check
+from edgewright.data.tokenizer import TrainTokenizer, train_tokenizer
+from edgewright.errors import RecipeErrors
+
+WORDS = "the quick brown fox jumps over the lazy dog " * 30
+RECIPE = """\
+version: 1
+name: tiny
+data: {type: files, files: "*.txt", tokenizer: {type: pretrained, path: model}, sequence_length: 16}
+stages:
+  - name: small
+    student: {type: checkpoint, model: model}
+    objective: {type: distill, teacher: {type: checkpoint, model: teacher}}
+    methods: [{type: ternary}]
+    budget: {max_steps: 3}
+  - name: again
+    student: {type: stage, stage: small}
+    budget: {max_steps: 3}
+exports:
+  - {name: file, model: teacher, to: gguf, quant: f16}
+"""
+
+
+def save_model(directory: Path, *, words: str = WORDS, rows: int | None = None) -> None:
+    """A model directory that has everything that `check` looks at."""
+    train_tokenizer([words], TrainTokenizer(vocab_size=300), directory)
+    tokens = len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"])
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows or tokens}))
+    save_file({"embedding": np.ones((100, 3), np.float32)}, directory / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe that can run, and the working directory."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text(WORDS)
+    save_model(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def look(folder: Path, *overrides: str) -> CheckReport:
+    return check(folder / "recipe.yaml", *overrides)
+
+
+def codes(report: CheckReport) -> list[str]:
+    return [error.code for error in report.errors]
+
+
+def test_a_recipe_that_can_run(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    report = look(folder)
+    assert report.ok and report.exit_code == 0 and codes(report) == []
+    assert report.parameters == {"small": 300, "again": 300}
+    assert {check.status for check in report.checks} == {"ok"}
+    found = report.to_json()
+    assert found["ok"] is True and found["schema_version"] == 1 and json.loads(json.dumps(found)) == found
+    assert sorted(folder.rglob("*")) == before, "check writes nothing"
+
+
+def test_a_wrong_recipe_is_not_opened_any_further(folder: Path) -> None:
+    with pytest.raises(RecipeErrors, match="EW-112"):
+        look(folder, "seed=x")
+
+
+def test_parameters_of_a_preset_are_those_of_the_model(folder: Path) -> None:
+
+    from edgewright.recipe import load_recipe
+    from edgewright.student import build_preset
+
+    overrides = ["stages.small.student={type: preset, preset: llama-1m}", "stages.small.objective={type: next_token}"]
+    report = look(folder, *overrides)
+    student = load_recipe(folder / "recipe.yaml", overrides).stages[0].student
+    vocab_size = json.loads((folder / "model/config.json").read_text())["vocab_size"]
+    model = build_preset(student, vocab_size=vocab_size, max_position_embeddings=16, bos=0, eos=0, seed=0)
+    assert report.parameters["small"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_teacher_with_other_tokens_names_the_first_one(folder: Path) -> None:
+    shutil.rmtree(folder / "teacher")
+    save_model(folder / "teacher", words="other words make other merges, and so another vocabulary " * 30)
+    vocabularies = [
+        {token: text for text, token in json.loads(path.read_text())["model"]["vocab"].items()}
+        for path in (folder / "model/tokenizer.json", folder / "teacher/tokenizer.json")
+    ]
+    first = next(token for token in range(1000) if vocabularies[0].get(token) != vocabularies[1].get(token))
+    report = look(folder)
+    (error,) = report.errors
+    assert (error.code, error.exit_code) == ("EW-130", 2) and error.where == str(folder / "teacher")
+    assert f"token {first} " in error.what and "teacher of stage small" in error.what
+    assert repr(vocabularies[0][first]) in str(error.expected)
+    assert error.found == repr(vocabularies[1].get(first)) or error.found == "no such token"
+
+
+def test_rows_that_only_pad_the_vocabulary_are_a_note(folder: Path) -> None:
+    shutil.rmtree(folder / "teacher")
+    save_model(folder / "teacher", rows=512)
+    report = look(folder)
+    assert report.ok
+    (note,) = [check for check in report.checks if check.status == "note"]
+    assert "only pad" in note.found and note.what == "stage small"
+
+
+def test_further_tokens_of_the_teacher_are_a_note_and_missing_ones_an_error(folder: Path) -> None:
+    def rename(directory: Path, add: dict[str, int]) -> None:
+        path = directory / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        tokenizer["model"]["vocab"] |= add
+        path.write_text(json.dumps(tokenizer))
+
+    size = len(json.loads((folder / "model/tokenizer.json").read_text())["model"]["vocab"])
+    rename(folder / "teacher", {"<further>": size})
+    report = look(folder)
+    assert report.ok and any("1 further tokens" in check.found for check in report.checks)
+    rename(folder / "model", {"<ours>": size, "<ours too>": size + 1})
+    rename(folder / "teacher", {"<ours>": size})
+    assert codes(look(folder))[0] == "EW-130"
+
+
+def test_another_end_token_is_an_error(folder: Path) -> None:
+    path = folder / "teacher/tokenizer_config.json"
+    path.write_text(path.read_text().replace('"eos_token": "<|endoftext|>"', '"eos_token": "a"'))
+    (error,) = look(folder).errors
+    assert error.code == "EW-130" and "the end token" in error.what
+
+
+def test_a_trained_tokenizer_does_not_fit_a_checkpoint(folder: Path) -> None:
+    report = look(folder, "data.tokenizer={type: train, vocab_size: 300}")
+    assert codes(report) == ["EW-130"]
+    assert "type: pretrained" in str(report.errors[0].fix)
+
+
+def test_models_are_guarded(folder: Path) -> None:
+    (folder / "teacher/pytorch_model.bin").write_bytes(b"\x80\x04]\x94.")
+    report = look(folder)
+    assert codes(report) == ["EW-315"] and report.exit_code == 8
+    (folder / "teacher/pytorch_model.bin").unlink()
+    weights = folder / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    report = look(folder)
+    assert codes(report) == ["EW-317"] and report.exit_code == 3
+    assert report.parameters == {}
+
+
+def test_every_fault_is_listed(folder: Path) -> None:
+    (folder / "text.txt").unlink()
+    (folder / "model/tokenizer.json").unlink()
+    (folder / "teacher/config.json").write_text('{"auto_map": {"AutoModel": "x.Y"}}')
+    assert codes(look(folder)) == ["EW-203", "EW-220", "EW-311", "EW-313"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"), [(b" \n\n ", "EW-131"), (b"", "EW-131"), (b"good\xff\xfe bad", "EW-202"), (b"a\0b", "EW-202")]
+)
+def test_a_corpus_without_usable_text(folder: Path, content: bytes, code: str) -> None:
+    (folder / "text.txt").write_bytes(content)
+    report = look(folder, "data.on_bad_text=strict")
+    assert codes(report) == [code]
+
+
+def test_a_small_disk_is_an_error_before_the_first_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    (error,) = look(folder).errors
+    assert (error.code, error.exit_code) == ("EW-403", 4) and error.found == "10 bytes free"
+
+
+def test_torch_is_not_imported(folder: Path) -> None:
+    code = "import sys, edgewright; assert edgewright.check(sys.argv[1]).ok; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "recipe.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
