@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	@rm -rf build/types && mkdir -p build/types/edgewright
 	@cd build/types/edgewright && ln -s ../../../sdk/* . && ln -s ../../../compress ../../../export .
-	MYPYPATH=build/types $(BIN)/mypy -p edgewright
+	MYPYPATH=build/types $(BIN)/mypy --cache-dir build/mypy -p edgewright
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -104,9 +105,9 @@ class _Checker:
         self._try("corpus", self._corpus)
         self._try("tokenizer", self._tokenizer)
         for directory in sorted(set(self._models())):
-            self._try(f"model {directory.name}", lambda directory=directory: self._model(directory))
+            self._try(f"model {directory.name}", partial(self._model, directory))
         for stage in self.recipe.stages:
-            self._try(f"stage {stage.name}", lambda stage=stage: self._stage(stage))
+            self._try(f"stage {stage.name}", partial(self._stage, stage))
         self._try("disk", self._disk)
         return CheckReport(
             recipe=self.path,

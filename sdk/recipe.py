@@ -144,9 +144,7 @@ class Recipe(_Section):
         for export in tree["exports"]:
             if os.path.isabs(export["model"]):  # ./ tells a directory from a stage of the same name
                 export["model"] = os.path.join(".", os.path.relpath(export["model"], directory.absolute()))
-        writer = YAML(typ="safe", pure=True)
-        writer.default_flow_style = False
-        writer.sort_base_mapping_type_on_output = False
+        writer = YAML()
         writer.width = 120
         text = io.StringIO()
         writer.dump(tree, text)

@@ -53,7 +53,7 @@ def nearest(word: object, valid: Iterable[str]) -> str | None:
         return None
     close = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.6)
     parts = [candidate for candidate in words if len(word) > 2 and (word in candidate or candidate in word)]
-    return (close or parts or [None])[0]
+    return next(iter([*close, *parts]), None)
 
 
 def did_you_mean(word: object, valid: Iterable[str]) -> str | None:

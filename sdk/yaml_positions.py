@@ -8,6 +8,7 @@ errors of a text are collected, except that nothing after a syntax error can be 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ class _Builder:
             return None
 
     def _value(self, node: Node, path: Path, depth: int) -> Tree:
-        from ruamel.yaml.nodes import MappingNode, SequenceNode
+        from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
         mark = _mark(node)
         self.nodes += 1
@@ -130,6 +131,7 @@ class _Builder:
             return self._mapping(node, path, depth)
         if isinstance(node, SequenceNode):
             return self._sequence(node, path, depth)
+        assert isinstance(node, ScalarNode), "YAML has three kinds of nodes"
         return self._scalar(node, path)
 
     def _mapping(self, node: MappingNode, path: Path, depth: int) -> Tree:
@@ -186,7 +188,7 @@ def _float(text: str) -> int | float:
     return int(value) if whole else value
 
 
-_SCALARS = {
+_SCALARS: dict[str, Callable[[str], Tree]] = {
     "null": lambda text: None,
     "bool": lambda text: text.lower() == "true",
     "int": _integer,
