@@ -1,0 +1,377 @@
+"""The loop: what a step does, exact resume, roll-back, signals, full disks; on a run that takes seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import edgewright
+import pytest
+import torch
+from edgewright import checkpoint
+from edgewright.errors import BadInput, Diverged, Locked, OutOfResources, RecipeError
+from edgewright.training import Interrupted
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_run import curve, weights, write_recipe  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: (recipe, run directory)."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder)
+    edgewright.run(recipe, f"output_dir={folder / 'run'}")
+    return recipe, folder / "run"
+
+
+def test_it_learns_and_leaves_what_the_design_promises(finished):
+    _, run = finished
+    steps = curve(run)
+    assert [step for step, _ in steps] == list(range(1, 13))
+    assert float.fromhex(steps[-1][1]) < float.fromhex(steps[0][1]) - 0.3
+    for name in ("recipe.yaml", "recipe.resolved.yaml", "env.json", "results.json", "report.html"):
+        assert (run / name).is_file()
+    done = json.loads((run / "stages" / "base" / "done.json").read_text())
+    assert done["steps"] == 12
+    assert [path.name for path in sorted((run / "stages/base/checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+    evaluations = [json.loads(line) for line in (run / "stages/base/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in evaluations if "eval_loss" in entry] == [6, 12]
+
+
+def test_the_result_opens_in_transformers(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished[1] / "stages/base/model", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(finished[1] / "stages/base/model", local_files_only=True)
+    assert model.config.vocab_size == len(tokenizer)
+
+
+def test_the_same_command_again_says_that_all_is_done(finished):
+    recipe, run = finished
+    said: list[str] = []
+    before = weights(run)
+    edgewright.run(recipe, f"output_dir={run}", say=said.append)
+    assert "base: done already" in said
+    assert weights(run) == before
+
+
+def test_two_runs_of_one_recipe_have_the_same_bits(finished, tmp_path):
+    recipe, run = finished
+    edgewright.run(recipe, f"output_dir={tmp_path / 'again'}")
+    assert curve(tmp_path / "again") == curve(run)
+    assert weights(tmp_path / "again") == weights(run)
+
+
+def test_the_resolved_recipe_is_runnable_and_gives_the_same_bits(finished, tmp_path):
+    _, run = finished
+    edgewright.run(run / "recipe.resolved.yaml", f"output_dir={tmp_path / 'resolved'}")
+    assert weights(tmp_path / "resolved") == weights(run)
+
+
+def test_accumulation_is_the_mean_over_all_tokens(finished, tmp_path):
+    """Two micro-batches of 2 and one of 4 give the same curve up to rounding."""
+    recipe, run = finished
+    edgewright.run(
+        recipe,
+        f"output_dir={tmp_path / 'run'}",
+        "stages.base.training.per_device_train_batch_size=4",
+        "stages.base.training.gradient_accumulation_steps=1",
+        "stages.base.training.precision=fp32",
+    )
+    edgewright.run(recipe, f"output_dir={tmp_path / 'two'}", "stages.base.training.precision=fp32")
+    one, two = curve(tmp_path / "run"), curve(tmp_path / "two")
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-5)
+
+
+def test_the_optimizer_is_torchs_adamw(finished, tmp_path):
+    """Three steps in float32 equal a plain loop written here with full logits and torch's own AdamW."""
+    from edgewright.data import Batches, prepare_data
+    from edgewright.recipe import load_recipe
+    from edgewright.student import build_preset
+    from torch.nn import functional as F
+
+    recipe_path, run = finished
+    overrides = [f"output_dir={tmp_path / 'run'}", "stages.base.budget.max_steps=3", "stages.base.training.precision=fp32"]
+    edgewright.run(recipe_path, *overrides)
+    recipe = load_recipe(recipe_path, overrides)
+    corpus = prepare_data(recipe.data, tmp_path / "data", say=lambda line: None)
+    order = Batches(corpus.train, sequence_length=64, seed=7, start_id=corpus.start_id, eos_id=corpus.eos_id)
+    model = build_preset(
+        recipe.stages[0].student,
+        vocab_size=corpus.vocab_size,
+        max_position_embeddings=64,
+        bos=corpus.start_id,
+        eos=corpus.eos_id,
+        seed=7,
+    )
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    for step in range(3):
+        batch = order.batch(4 * step, 4)
+        losses, counted = [], 0
+        for row in range(4):  # each document segment by itself: no mask, no restart needed
+            ids, segments = torch.from_numpy(batch.input_ids[row]), torch.from_numpy(batch.document_ids[row])
+            labels = torch.from_numpy(batch.labels[row])
+            for segment in range(int(segments.max()) + 1):
+                part = segments == segment
+                logits = model(ids[part][None]).logits[0]
+                losses.append(F.cross_entropy(logits, labels[part], reduction="sum"))
+                counted += int(part.sum())
+        (torch.stack(losses).sum() / counted).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * recipe.stages[0].schedule.factor(step, 3)
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = load_file(tmp_path / "run/stages/base/model/model.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=2e-5, msg=name)
+
+
+def _stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal while step `step` runs."""
+    from edgewright.data import Batches
+
+    original, calls = Batches.batch, []
+
+    def batch(self, position, size):
+        calls.append(position)
+        if len(calls) == 2 * step:
+            os.kill(os.getpid(), number)
+        return original(self, position, size)
+
+    monkeypatch.setattr(Batches, "batch", batch)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on_with_the_same_bits(finished, tmp_path, monkeypatch, number, code):
+    recipe, run = finished
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 7, number)
+        with pytest.raises(Interrupted) as stopped:
+            edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert stopped.value.exit_code == code
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert curve(tmp_path / "run") == curve(run)
+    assert weights(tmp_path / "run") == weights(run)
+
+
+KILLED = """
+import os, sys, random
+import edgewright
+from edgewright.data import Batches
+original, left = Batches.batch, int(sys.argv[3])
+def batch(self, position, size):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), 9)
+    return original(self, position, size)
+Batches.batch = batch
+edgewright.run(sys.argv[1], f"output_dir={sys.argv[2]}")
+"""
+
+
+def test_kill_9_and_the_same_command_again_gives_the_same_bits(finished, tmp_path):
+    recipe, run = finished
+    for calls in (3, 11, 8):
+        result = subprocess.run([sys.executable, "-c", KILLED, recipe, tmp_path / "run", str(calls)], capture_output=True)
+        assert result.returncode == -9, result.stderr.decode()
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert curve(tmp_path / "run") == curve(run)
+    assert weights(tmp_path / "run") == weights(run)
+
+
+def _poison(monkeypatch, positions):
+    """Make the loss of these global batches not a number, as often as they are trained on."""
+    from edgewright.trainer import Trainer
+
+    original = Trainer._with_penalties
+
+    def with_penalties(self, loss, micro_batches):
+        return original(self, loss, micro_batches) * (float("nan") if self.state.position in positions else 1.0)
+
+    monkeypatch.setattr(Trainer, "_with_penalties", with_penalties)
+
+
+def test_non_finite_values_throw_the_run_back_and_skip_the_batch(finished, tmp_path, monkeypatch):
+    recipe, _ = finished
+    _poison(monkeypatch, {5 * 4, 9 * 4})
+    said: list[str] = []
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", say=said.append)
+    lines = [json.loads(line) for line in (tmp_path / "run/stages/base/metrics.jsonl").read_text().splitlines()]
+    events = [line for line in lines if line.get("event") == "rollback"]
+    assert [(event["skipped_position"], event["to_step"]) for event in events] == [(20, 4), (36, 8)]
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 13))
+    newest = checkpoint.newest(tmp_path / "run/stages/base/checkpoints", said.append)
+    state = checkpoint.load(newest).state
+    assert state.skipped == [20, 36]
+    assert state.position == 14 * 4  # twelve trained, two skipped
+    assert all(torch.isfinite(value).all() for value in load_file(newest / "model/model.safetensors").values())
+
+
+def test_three_roll_backs_stop_the_run(finished, tmp_path, monkeypatch):
+    recipe, _ = finished
+    _poison(monkeypatch, {5 * 4, 6 * 4, 7 * 4})
+    with pytest.raises(Diverged, match="EW-701") as stopped:
+        edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert stopped.value.exit_code == 7
+    newest = checkpoint.newest(tmp_path / "run/stages/base/checkpoints", lambda line: None)
+    assert newest.name == "step-00000004"
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(finished, tmp_path, monkeypatch):
+    recipe, run = finished
+    calls = []
+
+    def full(directory, *args):
+        calls.append(directory)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync_tree", full)
+        with pytest.raises(OutOfResources, match="EW-401") as stopped:
+            edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert stopped.value.exit_code == 4
+    folder = tmp_path / "run/stages/base/checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000000", "step-00000004"]
+    assert checkpoint.broken(folder / "step-00000004") is None
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert weights(tmp_path / "run") == weights(run)
+
+
+def test_the_libraries_own_words_for_a_full_disk_are_understood(tmp_path):
+    from edgewright.files import disk_errors
+    from safetensors import SafetensorError
+
+    with pytest.raises(OutOfResources, match="EW-401"), disk_errors(tmp_path / "x"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), disk_errors(tmp_path / "x"):
+        raise SafetensorError("something else")
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"])
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, monkeypatch, name):
+    recipe, run = finished
+    with monkeypatch.context() as patch:
+        _stop_at(patch, 10)
+        with pytest.raises(Interrupted):
+            edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    folder = tmp_path / "run/stages/base/checkpoints"
+    newest = checkpoint.newest(folder, lambda line: None)
+    data = bytearray((newest / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / name).write_bytes(data)
+    said: list[str] = []
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", say=said.append)
+    assert any(newest.name in line and "damaged" in line for line in said)
+    assert weights(tmp_path / "run") == weights(run)
+
+
+def test_another_recipe_in_the_same_directory_is_refused(finished):
+    recipe, run = finished
+    with pytest.raises(RecipeError, match="EW-705") as refused:
+        edgewright.run(recipe, f"output_dir={run}", "stages.base.optimizer.learning_rate=1e-3")
+    assert "optimizer" in str(refused.value)
+
+
+def test_settings_that_change_no_bits_may_change(finished):
+    recipe, run = finished
+    edgewright.run(recipe, f"output_dir={run}", "stages.base.training.save_steps=5", "stages.base.training.logging_steps=1")
+
+
+def test_fresh_starts_again(finished, tmp_path):
+    recipe, run = finished
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", "stages.base.budget.max_steps=2")
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", fresh=True)
+    assert weights(tmp_path / "run") == weights(run)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from edgewright.run import _locked
+with _locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_directory_is_refused_with_the_pid(finished, tmp_path):
+    recipe, _ = finished
+    folder = tmp_path / "run"
+    folder.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(Locked, match=f"process {holder.pid}") as refused:
+            edgewright.run(recipe, f"output_dir={folder}")
+        assert refused.value.exit_code == 6
+    finally:
+        holder.kill()
+        holder.communicate()
+    time.sleep(0.1)
+    edgewright.run(recipe, f"output_dir={folder}", "stages.base.budget.max_steps=1")  # the lock of the dead is free
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distilled")
+    recipe = write_recipe(folder, ternary=True)
+    edgewright.run(recipe, f"output_dir={folder / 'run'}")
+    return recipe, folder / "run"
+
+
+def test_a_ternary_student_of_an_earlier_stage(distilled):
+    from edgewright.export.lattice import load_sidecar
+
+    _, run = distilled
+    lattice = load_sidecar(run / "stages/student/model")
+    saved = load_file(run / "stages/student/model/model.safetensors")
+    assert len(lattice) == 7
+    for name, tensor in lattice.items():
+        assert torch.equal(torch.from_numpy(tensor.dequantize()), saved[name])
+        assert set(saved[name].abs().unique(dim=None).tolist()) <= {0.0, *tensor.scales.flatten().tolist()}
+    line = json.loads((run / "stages/student/metrics.jsonl").read_text().splitlines()[0])
+    assert {"kl", "cross_entropy"} <= line.keys()
+
+
+def test_a_ternary_run_resumes_with_the_same_bits(distilled, tmp_path):
+    recipe, run = distilled
+    for calls in (52, 5):
+        result = subprocess.run([sys.executable, "-c", KILLED, recipe, tmp_path / "run", str(calls)], capture_output=True)
+        assert result.returncode == -9, result.stderr.decode()
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert curve(tmp_path / "run", "student") == curve(run, "student")
+    assert weights(tmp_path / "run", "student") == weights(run, "student")
+
+
+def test_a_method_that_changes_nothing_is_an_error(finished, tmp_path):
+    recipe, _ = finished
+    everything = "[lm_head, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+    with pytest.raises(RecipeError, match="EW-704"):
+        edgewright.run(
+            recipe,
+            f"output_dir={tmp_path / 'run'}",
+            f"stages.base.methods=[{{type: ternary, exclude: {everything}}}]",
+        )
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(finished, tmp_path):
+    recipe, run = finished
+    with pytest.raises((BadInput, RecipeError), match="vocabular|token"):
+        edgewright.run(
+            recipe,
+            f"output_dir={tmp_path / 'run'}",
+            "data.tokenizer.vocab_size=320",
+            f"stages.base.objective={{type: distill, teacher: {{type: checkpoint, model: {run / 'stages/base/model'}}}}}",
+        )
