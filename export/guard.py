@@ -67,12 +67,12 @@ def check_model_directory(directory: Path, *, tokenizer: bool = True) -> None:
     """
     directory = Path(directory)
     files = _files(directory)
+    _require(directory, "config.json", "the shape of the model")
     for path in files:
         _check_file(path)
     for name in CONFIG_FILES:
         if (directory / name).is_file():
             _check_keys(directory / name, read_json(directory / name, limit=MAX_CONFIG_BYTES))
-    _require(directory, "config.json", "the shape of the model")
     if tokenizer:
         for name in TOKENIZER_FILES:
             _require(directory, name, "the tokenizer of the model")

@@ -39,6 +39,9 @@ MethodConfig = TernaryConfig
 OptimizerConfig = AdamWConfig
 
 
+_NULL = "tag:yaml.org,2002:null"
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -137,7 +140,12 @@ class Recipe(_Section):
     def to_yaml(self, directory: Path) -> str:
         """The resolved recipe, every default spelled out; runnable from a file in `directory`."""
         from ruamel.yaml import YAML
+        from ruamel.yaml.representer import RoundTripRepresenter
 
+        class _Representer(RoundTripRepresenter):
+            """Spells out null, which ruamel.yaml leaves empty."""
+
+        _Representer.add_representer(type(None), lambda self, _: self.represent_scalar(_NULL, "null"))
         tree = self.model_dump(mode="json")
         for path, value in _path_values(tree):
             _put(tree, path, os.path.relpath(value, directory.absolute()) if os.path.isabs(value) else value)
@@ -145,6 +153,7 @@ class Recipe(_Section):
             if os.path.isabs(export["model"]):  # ./ tells a directory from a stage of the same name
                 export["model"] = os.path.join(".", os.path.relpath(export["model"], directory.absolute()))
         writer = YAML()
+        writer.Representer = _Representer
         writer.width = 120
         text = io.StringIO()
         writer.dump(tree, text)
