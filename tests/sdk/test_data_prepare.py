@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edgewright.data import (
     Corpus,
+    Counts,
     DataConfig,
     FilesData,
     HfData,
@@ -276,10 +277,10 @@ def test_patterns(corpus_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert names == ["deep/er/x[1].md"]
     assert [name for name, _ in iterate_documents(str(corpus_dir / "deep" / "er" / "x[1].md"))] == ["x[1].md"]
     monkeypatch.chdir(corpus_dir)
-    assert [name for name, _ in iterate_documents(["f0*.txt", "./f01.txt", "**/*.md"])] == [
-        "deep/er/x[1].md",
-        *NAMES[:10],
-    ]
+    counts = Counts()
+    names = [name for name, _ in iterate_documents(["f0*.txt", "./f01.txt", "**/*.md"], counts=counts)]
+    assert names == ["deep/er/x[1].md", *NAMES[:10]]
+    assert counts.duplicates == 0, "a file that two patterns match is one file"
     (corpus_dir / "table.xlsx").write_text("x")
     with pytest.raises(BadInput, match="EW-204"):
         FilesData(files="*").fingerprint()
@@ -317,6 +318,7 @@ def test_the_standard_library(tmp_path: Path) -> None:
     assert list(documents) == sorted(documents)
     parts = {part for name in documents for part in name.split("/")}
     assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    assert not [part for part in parts if part.startswith(("_sysconfigdata", "config-"))]
 
 
 def test_the_recipe_section() -> None:
