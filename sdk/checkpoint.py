@@ -88,7 +88,9 @@ def save(
             (temporary / "model").mkdir(parents=True)
             model.save_pretrained(temporary / "model")
             extra_files(temporary / "model")
-            save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, temporary / "optimizer.safetensors")
+            save_file(
+                {name: tensor.contiguous() for name, tensor in optimizer.items()}, temporary / "optimizer.safetensors"
+            )
             tensors, values = _split(methods)
             save_file(tensors, temporary / "methods.safetensors")
             content = {"state": asdict(state), "rng": rng.tolist(), "methods": values}

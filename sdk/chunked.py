@@ -44,7 +44,9 @@ def chunk_rows(vocabulary: int) -> int:
     return max(32, CHUNK_BYTES // (4 * vocabulary))
 
 
-def chunked_loss(hidden: Tensor, head: Head, rule: ChunkRule, *, parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def chunked_loss(
+    hidden: Tensor, head: Head, rule: ChunkRule, *, parts: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Sum of a loss over all tokens, computed in chunks over the head.
 
     Args:

@@ -286,7 +286,16 @@ class _Run:
         return samples
 
 
-_PARITY = ("kl", "kl_ci", "max_abs_diff", "top1_agreement", "greedy_identity", "lattice_identity")
+_PARITY = (
+    "kl",
+    "kl_ci",
+    "kl_limit",
+    "max_abs_diff",
+    "top1_agreement",
+    "greedy_identity",
+    "lattice_identity",
+    "reasons",
+)
 _SPEED = (
     "ttft_ms",
     "prompt_tokens_per_s",

@@ -23,6 +23,7 @@ from edgewright.student import (
     load_model,
 )
 from edgewright.training import StopRequest, decide
+from edgewright.vocabulary import check_same_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,7 @@ def train_stage(
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
         torch.set_num_threads(loaded.state.decisions["threads"])
-    model = _student(recipe, stage, corpus, earlier)
+    model = _student(recipe, stage, corpus, earlier, say)
     tokens_per_step = (
         settings.per_device_train_batch_size * settings.gradient_accumulation_steps * data.sequence_length
     )
@@ -113,7 +114,7 @@ def train_stage(
     )
     job = Job(
         model=model,
-        objective=_objective(stage, earlier),
+        objective=_objective(stage, corpus, earlier, say),
         methods=methods,
         optimizer=stage.optimizer.build(model),
         learning_rate=stage.optimizer.learning_rate,
@@ -164,7 +165,9 @@ def model_of(config: CheckpointStudentConfig | StageStudentConfig, earlier: dict
     return config.model if isinstance(config, CheckpointStudentConfig) else earlier[config.stage]
 
 
-def _student(recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[str, Path]) -> PreTrainedModel:
+def _student(
+    recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]
+) -> PreTrainedModel:
     config = stage.student
     if isinstance(config, PresetStudentConfig):
         return build_preset(
@@ -176,6 +179,8 @@ def _student(recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[s
             seed=recipe.seed,
         )
     directory = model_of(config, earlier)
+    for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
+        say(f"note: {note}")
     model = load_model(directory)
     if model.config.vocab_size < corpus.vocab_size:
         raise BadInput(
@@ -198,13 +203,18 @@ def _student(recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[s
     return model
 
 
-def _objective(stage: StageConfig, earlier: dict[str, Path]) -> Objective:
+def _objective(
+    stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]
+) -> Objective:
     from edgewright.objective import NextTokenConfig
 
     config = stage.objective
     if isinstance(config, NextTokenConfig):
         return config.build()
-    return config.build(model_of(config.teacher, earlier))
+    teacher = model_of(config.teacher, earlier)
+    for note in check_same_tokens(corpus.tokenizer_dir, teacher, role=f"teacher of stage {stage.name}"):
+        say(f"note: {note}")
+    return config.build(teacher)
 
 
 def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> list[MethodReport]:
