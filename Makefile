@@ -35,7 +35,7 @@ lint: setup
 	MYPYPATH=build/types $(BIN)/mypy --cache-dir build/mypy -p edgewright
 
 bench: setup
-	$(BIN)/python benchmarks/run.py
+	for script in training_speed loss_memory data_speed kill_resume; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf build .venv/installed .pytest_cache .ruff_cache .mypy_cache
