@@ -20,6 +20,8 @@ MAX_BYTES = 100_000
 MAX_NODES = 20_000
 """Nodes after aliases are expanded: an alias bomb of a few hundred bytes stands for billions."""
 MAX_DEPTH = 32
+MAX_BRACKETS = 128
+"""Brackets open at once, those in quoted text included."""
 
 Path = tuple[str | int, ...]
 """The way to a value from the root: keys and list indices."""
@@ -64,6 +66,9 @@ def parse_yaml(text: str) -> Document:
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     document = Document()
+    if _brackets(text) > MAX_BRACKETS:  # the parser's time grows with the square of the nesting
+        document.problems.append(_too_much(None, f"at most {MAX_BRACKETS} open brackets", "deeper nesting"))
+        return document
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
@@ -78,6 +83,18 @@ def parse_yaml(text: str) -> Document:
         if root is not None:
             document.tree = _Builder(document).build(root, (), 0)
     return document
+
+
+def _brackets(text: str) -> int:
+    """The most brackets and braces that are open at once."""
+    deepest = depth = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
 
 
 def _syntax(problem: str, mark: Mark | None, text: str) -> Problem:

@@ -432,7 +432,7 @@ def test_what_the_reference_writes_passes_and_no_truncation_does(tmp_path: Path)
     whole = written_gguf(path)
     guard.check_gguf(path)
     needed = len(whole) - (-3 * 7 * 2 % 32)  # the padding after the last tensor may be missing
-    for size in range(0, needed, 7):
+    for size in range(0, needed, 61):
         path.write_bytes(whole[:size])
         with pytest.raises(BadInput):
             guard.check_gguf(path)
@@ -448,7 +448,7 @@ def test_damaged_headers_end_in_a_refusal_or_pass_but_never_in_a_crash(tmp_path:
         whole, check = path.read_bytes(), guard.check_safetensors
     chance = random.Random(7)
     refused = 0
-    for _ in range(600):
+    for _ in range(200):
         damaged = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
             damaged[chance.randrange(min(len(damaged), 400))] = chance.choice([0, 1, 127, 128, 255])
@@ -458,14 +458,14 @@ def test_damaged_headers_end_in_a_refusal_or_pass_but_never_in_a_crash(tmp_path:
         except BadInput as error:
             refused += 1
             assert error.where == str(path)
-    assert refused > 300
+    assert refused > 100
 
 
 def test_the_largest_headers_cost_little_memory(tmp_path: Path) -> None:
     """Neither a header at the cap nor a data part of any size is held in memory."""
-    many = {f"t{index:05}": entry(index, index + 1) for index in range(40_000)}
-    big = safetensors(tmp_path / "x.safetensors", many, 40_000)
-    vocabulary = gguf_file([pair("a", 9, struct.pack("<IQ", 8, 300_000) + text("token") * 300_000)])
+    many = {f"t{index:05}": entry(index, index + 1) for index in range(20_000)}
+    big = safetensors(tmp_path / "x.safetensors", many, 20_000)
+    vocabulary = gguf_file([pair("a", 9, struct.pack("<IQ", 8, 150_000) + text("token") * 150_000)])
     (tmp_path / "x.gguf").write_bytes(vocabulary)
     for check, path in ((guard.check_safetensors, big), (guard.check_gguf, tmp_path / "x.gguf")):
         tracemalloc.start()
