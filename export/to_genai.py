@@ -213,9 +213,11 @@ class _Packing:
         from edgewright.export.onnx_graph import checkpoint_names, set_packed_linear
 
         for node in self.graph.nodes("MatMul"):
+            if node.input[1] not in self.graph.initializers:
+                continue  # a product of two activations
             names = checkpoint_names(node.input[1], head=self.head_name)
             if names is None:
-                continue
+                raise _broken_graph(node.input[1], "a matrix in the graph that has no counterpart")
             parts = [self._part(name) for name in names]
             self._compare(parts, self.graph.array(node.input[1]).T)
             asked = self._asked(parts[0]) if names == (self.head_name,) else self.quant
@@ -256,7 +258,7 @@ class _Packing:
             )
 
     def check_complete(self) -> None:
-        """No silent no-op: every quantized weight of the checkpoint was met, and is stored in a packed layout."""
+        """No silent no-op: every quantized weight of the checkpoint was met."""
         for name in self.source.lattice:
             if name not in self.stored:
                 raise _broken_graph(name, "no such weight")
@@ -343,8 +345,8 @@ def _layouts(rule: Width, columns: int) -> Iterable[MatMulNBits]:
 def _broken_graph(name: str, found: str) -> GateFailed:
     return GateFailed(
         "EW-521",
-        f"the graph does not hold the weight {name!r} of the checkpoint",
-        expected="every weight of the checkpoint, bit for bit",
+        f"the graph and the checkpoint differ in the weight {name!r}",
+        expected="every weight of the checkpoint, bit for bit, and no other",
         found=found,
         fix="this architecture is laid out in a way that is not known here: export to another target",
     )

@@ -329,6 +329,21 @@ def test_a_graph_with_other_weights_is_refused(ternary: Source, ternary_built: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_matrix_of_unknown_origin_is_refused(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
+    """It would otherwise stay in fp32 without a word."""
+    broken = tmp_path / "built"
+    shutil.copytree(ternary_built, broken)
+    model = onnx.load(broken / "model.onnx", load_external_data=False)
+    old, new = "model.layers.1.mlp.up_proj.MatMul.weight", "model.layers.1.expert.up_proj.MatMul.weight"
+    for node in model.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+    for tensor in model.graph.initializer:
+        tensor.name = new if tensor.name == old else tensor.name
+    onnx.save(model, broken / "model.onnx")
+    with pytest.raises(GateFailed, match=r"expert.*\[EW-521\]"):
+        to_genai.pack(broken, ternary, tmp_path / "out", quant="int8")
+
+
 def test_a_quantized_weight_that_was_not_met_is_an_error(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
     extra = next(iter(ternary.lattice.values()))
     source = replace(ternary, lattice=ternary.lattice | {"model.layers.9.mlp.up_proj.weight": extra})
