@@ -62,9 +62,7 @@ def main() -> None:
         measure(arguments.worker)
         return
     header()
-    results = interleaved(
-        ["chunked", "naive"], lambda name: worker(__file__, "--worker", name), arguments.repeats
-    )
+    results = interleaved(["chunked", "naive"], lambda name: worker(__file__, "--worker", name), arguments.repeats)
     for name, figures in results.items():
         mib = [value / 2**20 for value in figures["extra"]]
         print(f"{name:8} extra {median_line(mib, 'MiB')}   {median_line(figures['seconds'], 's', 2)}")

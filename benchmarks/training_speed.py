@@ -1,4 +1,4 @@
-"""Training speed on the CPU against `transformers.Trainer`: same model, batch, sequence, precision, clipping, optimizer.
+"""Training speed on the CPU against `transformers.Trainer`: same model, batch, precision, clipping, optimizer.
 
     python benchmarks/training_speed.py [--repeats 3] [--steps 12]
 

@@ -1,8 +1,8 @@
-"""Distillation from an online teacher: forward KL with temperature, mixed with cross-entropy, chunked over both heads."""
+"""Distillation from an online teacher: forward KL with temperature and cross-entropy, chunked over both heads."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -63,7 +63,8 @@ class Distill(Objective):
         """
         from edgewright.student import load_model
 
-        teacher = load_model(self.directory).to(device).eval().requires_grad_(False)
+        teacher: Any = load_model(self.directory)
+        teacher.to(device).eval().requires_grad_(False)
         if teacher.config.vocab_size < student.config.vocab_size:
             raise BadInput(
                 "EW-702",

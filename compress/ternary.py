@@ -1,4 +1,4 @@
-"""Ternary quantization-aware training: linear weights in {-s, 0, s}, from scratch or from a full-precision checkpoint."""
+"""Ternary quantization-aware training: linear weights in {-s, 0, s}, from scratch or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ class Ternary(Method):
 
         layers = _layers(model)
         with torch.no_grad():
-            zeros = sum(int((ternary_codes(layer.weight.float(), self._group)[0] == 0).sum()) for layer in layers.values())
+            zeros = sum(
+                int((ternary_codes(layer.weight.float(), self._group)[0] == 0).sum()) for layer in layers.values()
+            )
         weights = sum(layer.weight.numel() for layer in layers.values())
         skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         numbers = {"weights": float(weights), "zeros": zeros / max(1, weights)}

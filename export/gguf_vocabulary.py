@@ -213,8 +213,10 @@ def _space_prefix(source: Source) -> bool:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     if pre is None and steps in ([prepend, replace], [replace]):
         return steps[0] == prepend
-    if not steps and (pre or {}).get("type") == "Metaspace" and pre["replacement"] == _SPACE and not pre.get("split"):
-        return pre.get("prepend_scheme") != "never"
+    metaspace: dict[str, Any] = pre or {}
+    if not steps and metaspace.get("type") == "Metaspace" and metaspace["replacement"] == _SPACE:
+        if not metaspace.get("split"):
+            return metaspace.get("prepend_scheme") != "never"
     raise _unknown(source, "its normalizer and pre-tokenizer", f"a space marker {_SPACE!r}", [normalizer, pre])
 
 

@@ -241,7 +241,8 @@ class MatMulNBits:
         shifts = (np.arange(8 // self.bits) * self.bits).astype(np.uint8)
         stored = (packed[..., None] >> shifts) & np.uint8(2**self.bits - 1)
         codes = (stored.reshape(len(packed), -1).astype(np.int16) - self.zero).astype(np.int8)[:, :columns]
-        levels: Levels = {2: "ternary", 4: "int4", 8: "int8"}[self.bits]
+        names: dict[int, Levels] = {2: "ternary", 4: "int4", 8: "int8"}
+        levels = names[self.bits]
         scales = np.asarray(scales, np.float32).reshape(len(packed), -1)
         return LatticeTensor(
             codes=np.ascontiguousarray(codes), scales=scales, group=self.block, bits=self.bits, levels=levels

@@ -18,6 +18,9 @@ from edgewright.errors import BadInput
 if TYPE_CHECKING:
     from edgewright.export.runtimes.session import Session
 
+LONGEST_TOKEN = 64
+"""Characters: longer tokens are rare enough that a text of that many per token is more than enough."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -90,9 +93,8 @@ def evaluate(
     else:
         patterns = [data] if isinstance(data, str | Path) else list(data)
         documents = iterate_documents([str(pattern) for pattern in patterns], text_key=text_key)
-    whole = ("".join(text for _, text in pieces) for _, pieces in groupby(documents, key=lambda pair: pair[0]))
     with open_session(Path(target), threads=threads) as session:
-        encoded = ((session.tokenize(text), len(text.encode())) for text in whole)
+        encoded = ((session.tokenize(text), len(text.encode())) for text in _texts(documents, max_tokens))
         return evaluate_session(session, encoded, max_tokens=max_tokens, window=window)
 
 
@@ -153,6 +155,16 @@ def evaluate_session(
         perplexity=math.exp(min(loss, 700.0)),
         ci95=(bits - half, bits + half),
     )
+
+
+def _texts(documents: Iterable[tuple[str, str]], max_tokens: int) -> Iterator[str]:
+    """Whole documents from their pieces; of a very long one no more than the budget can need."""
+    for _, pieces in groupby(documents, key=lambda pair: pair[0]):
+        text = ""
+        for _, piece in pieces:
+            if len(text) < LONGEST_TOKEN * max_tokens:
+                text += piece
+        yield text
 
 
 def windows(tokens: Sequence[int], length: int) -> Iterator[tuple[list[int], list[int]]]:

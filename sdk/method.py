@@ -6,6 +6,7 @@ in its `__init__.py`, one row in the tests' table and one example.
 
 from __future__ import annotations
 
+import builtins
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Method(ABC):
     """
 
     type: ClassVar[str]
-    registry: ClassVar[dict[str, type[Method]]] = {}
+    registry: ClassVar[dict[str, builtins.type[Method]]] = {}
 
     def __init_subclass__(cls) -> None:
         if cls.type in Method.registry:

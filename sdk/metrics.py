@@ -64,7 +64,8 @@ class Metrics:
         """One optimizer step; loss in nats per token."""
         self._recent = [*self._recent[-19:], (tokens, seconds)]
         rate = sum(t for t, _ in self._recent) / max(1e-9, sum(s for _, s in self._recent))
-        entry = {
+        memory = resident_bytes()
+        entry: dict[str, object] = {
             "step": state.step,
             "tokens": state.tokens,
             "loss": loss,
@@ -72,14 +73,14 @@ class Metrics:
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens_per_s": tokens / seconds,
-            "memory": resident_bytes(),
+            "memory": memory,
             "time": round(time.time(), 3),
         }
         self._append(entry)
         left = (self.total_steps - state.step) * seconds
         line = (
             f"{self.name}: step {state.step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{rate:,.0f} tokens/s  {entry['memory'] / 2**20:,.0f} MiB  {left / 60:.1f} min left"
+            f"{rate:,.0f} tokens/s  {memory / 2**20:,.0f} MiB  {left / 60:.1f} min left"
         )
         if self._panel is not None:
             self._panel.update(self.name, state.step, self.total_steps, line)

@@ -102,9 +102,7 @@ class _Run:
         for stage in self.recipe.stages:
             models = {name: result.model for name, result in stages.items()}
             folder = self.directory / "stages" / stage.name
-            stages[stage.name] = train_stage(
-                self.recipe, stage, corpus, folder, models, say=self.say, stop=stop
-            )
+            stages[stage.name] = train_stage(self.recipe, stage, corpus, folder, models, say=self.say, stop=stop)
         models = {name: result.model for name, result in stages.items()}
         artifacts = self._export(models)
         results = self._results(corpus, stages, artifacts)
@@ -114,14 +112,14 @@ class _Run:
     def _export(self, models: dict[str, Path]) -> dict[str, Path]:
         """Every export of the recipe that is not there yet, certified; paths by export name."""
         from edgewright.export import export
-        from edgewright.export.artifact import read_entry
         from edgewright.export.source import weights_sha256
 
         paths: dict[str, Path] = {}
         for config in self.recipe.exports:
             model = models.get(config.model, Path(config.model))
             folder = self.directory / "exports" / config.name
-            done = _finished_export(folder, config.to, config.quant, weights_sha256(model), read_entry)
+            asked = {**config.model_dump(mode="json", exclude={"model"}), "weights": weights_sha256(model)}
+            done = _finished_export(folder, asked)
             if done is not None:
                 self.say(f"{config.name}: exported already")
                 paths[config.name] = done
@@ -136,6 +134,7 @@ class _Run:
                 verify=config.verify,
                 max_kl=config.max_kl,
             )
+            write_json(_asked_file(folder), {"asked": asked, "path": os.path.relpath(artifact.path, self.directory)})
             paths[config.name] = artifact.path
             kl = (artifact.parity or {}).get("kl")
             self.say(
@@ -174,7 +173,7 @@ class _Run:
         from edgewright.inventory import describe_model
         from edgewright.machine import describe_machine
 
-        models = {config.model: None for config in self.recipe.exports} | {name: None for name in stages}
+        models = {config.model: None for config in self.recipe.exports} | dict.fromkeys(stages)
         checkpoints = []
         for name in models:
             path = stages[name].model if name in stages else Path(name)
@@ -307,14 +306,23 @@ _SPEED = (
 )
 
 
-def _finished_export(folder: Path, to: str, quant: str, weights: str, read_entry: Callable[[Path], Any]) -> Path | None:
-    """The artifact in an export's folder, if it was made from these weights."""
-    candidates = [folder, *folder.glob("*.gguf")] if folder.is_dir() else []
-    for path in candidates:
-        entry = read_entry(path)
-        if entry and (entry["to"], entry["quant"], entry["made_from"]["sha256"]) == (to, quant, weights):
-            return path
-    return None
+def _asked_file(folder: Path) -> Path:
+    """What an export was asked for, beside its folder, written once it is certified and in place."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _finished_export(folder: Path, asked: dict[str, Any]) -> Path | None:
+    """The artifact of an export, if it was made from these weights with these settings and is still what it was."""
+    from edgewright.export.artifact import hash_of, read_entry
+
+    record = _asked_file(folder)
+    if not record.exists():
+        return None
+    remembered = json.loads(record.read_text(encoding="utf-8"))
+    path: Path = folder.parent.parent / remembered["path"]
+    entry = read_entry(path) if path.exists() else None
+    same = remembered["asked"] == asked and entry is not None and entry["sha256"] == hash_of(path)
+    return path if same else None
 
 
 def _fallback_warnings(rows: list[dict[str, Any]]) -> list[str]:

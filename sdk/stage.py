@@ -88,18 +88,18 @@ def train_stage(
     if loaded:
         torch.set_num_threads(loaded.state.decisions["threads"])
     model = _student(recipe, stage, corpus, earlier, say)
-    tokens_per_step = (
-        settings.per_device_train_batch_size * settings.gradient_accumulation_steps * data.sequence_length
-    )
+    tokens_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * data.sequence_length
     steps = stage.budget.steps(tokens_per_step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    state = loaded.state if loaded else checkpoint.TrainState(
-        decisions=decide(settings, parameters=parameters, tokens=steps * tokens_per_step)
+    state = (
+        loaded.state
+        if loaded
+        else checkpoint.TrainState(decisions=decide(settings, parameters=parameters, tokens=steps * tokens_per_step))
     )
     _same_machine(state, say)
     torch.manual_seed(recipe.seed)
     model.to(state.decisions["device"])
-    methods = [config.build() for config in stage.methods]
+    methods: list[Method] = [config.build() for config in stage.methods]
     reports = _prepare(methods, model, say)
     batches, held_out = (
         Batches(
@@ -203,9 +203,7 @@ def _student(
     return model
 
 
-def _objective(
-    stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]
-) -> Objective:
+def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:
     from edgewright.objective import NextTokenConfig
 
     config = stage.objective

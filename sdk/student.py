@@ -1,4 +1,4 @@
-"""Where a model starts: a preset from scratch, or a local Hugging Face causal-LM directory. Always a PreTrainedModel."""
+"""Where a model starts: a preset from scratch, or a local Hugging Face directory. Always a PreTrainedModel."""
 
 from __future__ import annotations
 
@@ -95,20 +95,19 @@ def build_preset(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            max_position_embeddings=max_position_embeddings,
-            rms_norm_eps=1e-5,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_word_embeddings,
-            bos_token_id=bos,
-            eos_token_id=eos,
-            pad_token_id=None,
-            attn_implementation="sdpa",
-            **config.sizes(),
-        )
-    )
+    settings: dict[str, Any] = {
+        **config.sizes(),
+        "vocab_size": vocab_size,
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": None,
+        "attn_implementation": "sdpa",
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings))
 
 
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -166,4 +165,6 @@ def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Hea
     layer: Any = model.get_output_embeddings()
     weight = layer.effective_weight() if isinstance(layer, TernaryLinear) else layer.weight
     bias = layer.bias
-    return Head(weight if dtype is None else weight.to(dtype), bias if bias is None or dtype is None else bias.to(dtype))
+    return Head(
+        weight if dtype is None else weight.to(dtype), bias if bias is None or dtype is None else bias.to(dtype)
+    )

@@ -139,7 +139,9 @@ class Trainer:
         context = self._context()
         for method in self.job.methods:
             method.before_step(context)
-        micro = [self.job.batches.batch(p, size) for p in range(state.position, state.position + self.global_batch, size)]
+        micro = [
+            self.job.batches.batch(p, size) for p in range(state.position, state.position + self.global_batch, size)
+        ]
         counted = sum(batch.valid_tokens for batch in micro)
         total = torch.zeros(len(self.job.objective.parts), device=self.device)
         for batch in micro:
@@ -171,7 +173,9 @@ class Trainer:
         state.seconds += seconds
         self._clean = False
         parts_by_name = dict(zip(self.job.objective.parts, total.tolist(), strict=True))
-        self.metrics.step(state, loss=loss_value, parts=parts_by_name, lr=rate, grad_norm=norm_value, tokens=counted, seconds=seconds)
+        self.metrics.step(
+            state, loss=loss_value, parts=parts_by_name, lr=rate, grad_norm=norm_value, tokens=counted, seconds=seconds
+        )
 
     def _after_step(self) -> None:
         settings, step = self.job.settings, self.state.step
@@ -245,7 +249,9 @@ class Trainer:
 
         bad, step = self.state.position, self.state.step
         rollbacks, skipped = self.state.rollbacks + 1, [*self.state.skipped, bad]
-        self.metrics.event("non_finite", step=step, loss=repr(loss), grad_norm=repr(norm), sequences=indices, rollbacks=rollbacks)
+        self.metrics.event(
+            "non_finite", step=step, loss=repr(loss), grad_norm=repr(norm), sequences=indices, rollbacks=rollbacks
+        )
         if rollbacks >= MAX_ROLLBACKS:
             raise Diverged(
                 "EW-701",

@@ -21,7 +21,7 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
 def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put `named_state`'s tensors back."""
     parameters = dict(model.named_parameters())
-    state: dict[nn.Parameter, dict[str, Any]] = {}
+    state: dict[Tensor, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         state.setdefault(parameters[name], {})[kind] = tensor.clone()

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from edgewright import chunked
 from edgewright.chunked import IGNORED, Head, chunked_loss
 from edgewright.compress.losses import distillation_rule, forward_kl
-from torch.nn import functional as F
 
 
 def _logits(rows, columns, seed, dtype=torch.float64):

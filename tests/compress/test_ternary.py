@@ -5,12 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from edgewright.compress.fake_quant import TernaryLinear, exact_scale, ternary_codes, ternary_weight
 from edgewright.compress.ternary import TernaryConfig
 from edgewright.errors import RecipeError
 from edgewright.method import StepContext
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 GROUPS = {"tensor": None, "row": 0, "group": 256}
 

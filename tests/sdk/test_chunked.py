@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from edgewright import chunked
 from edgewright.chunked import IGNORED, Head, chunked_loss, cross_entropy_rule
-from torch.nn import functional as F
 
 N, H, V = 37, 16, 50
 
@@ -50,7 +51,9 @@ def test_without_gradients_gives_the_same_value():
 
 def test_ignored_tokens_get_no_gradient_and_all_ignored_is_zero():
     hidden, weight, _, labels = _problem()
-    chunked_loss(hidden, Head(weight, None), cross_entropy_rule(labels, 1.0), parts=1, dtype=torch.float32)[0].backward()
+    chunked_loss(hidden, Head(weight, None), cross_entropy_rule(labels, 1.0), parts=1, dtype=torch.float32)[
+        0
+    ].backward()
     assert torch.count_nonzero(hidden.grad[::5]) == 0
     assert torch.count_nonzero(hidden.grad[1::5]) > 0
     nothing = torch.full_like(labels, IGNORED)

@@ -1,6 +1,7 @@
 """Schedules: borders, continuity, and the published shapes."""
 
 import pytest
+
 from edgewright.schedule import ConstantConfig, CosineConfig, WsdConfig
 
 ALL = [

@@ -18,11 +18,23 @@ data:
   held_out: 0.2
 stages:
   - name: base
-    student: {type: preset, preset: llama-1m, hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}
+    student:
+      type: preset
+      preset: llama-1m
+      hidden_size: 64
+      num_hidden_layers: 1
+      num_attention_heads: 2
+      intermediate_size: 64
     optimizer: {type: adamw, learning_rate: 5e-3}
     schedule: {type: cosine, warmup_ratio: 0.1}
     budget: {max_steps: 12}
-    training: {per_device_train_batch_size: 2, gradient_accumulation_steps: 2, save_steps: 4, eval_steps: 6, eval_sequences: 4, logging_steps: 5}
+    training:
+      per_device_train_batch_size: 2
+      gradient_accumulation_steps: 2
+      save_steps: 4
+      eval_steps: 6
+      eval_sequences: 4
+      logging_steps: 5
 evaluate: null
 bench: null
 """
@@ -57,7 +69,9 @@ def curve(directory: Path, stage: str = "base") -> list[tuple[int, str]]:
     """The loss curve as (step, exact float)."""
     lines = (directory / "stages" / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
-    return [(entry["step"], float(entry["loss"]).hex()) for entry in entries if "loss" in entry and "event" not in entry]
+    return [
+        (entry["step"], float(entry["loss"]).hex()) for entry in entries if "loss" in entry and "event" not in entry
+    ]
 
 
 def weights(directory: Path, stage: str = "base") -> bytes:
