@@ -214,9 +214,9 @@ def _space_prefix(source: Source) -> bool:
     if pre is None and steps in ([prepend, replace], [replace]):
         return steps[0] == prepend
     metaspace: dict[str, Any] = pre or {}
-    if not steps and metaspace.get("type") == "Metaspace" and metaspace["replacement"] == _SPACE:
-        if not metaspace.get("split"):
-            return metaspace.get("prepend_scheme") != "never"
+    whole = metaspace.get("type") == "Metaspace" and not metaspace.get("split")
+    if not steps and whole and metaspace["replacement"] == _SPACE:
+        return metaspace.get("prepend_scheme") != "never"
     raise _unknown(source, "its normalizer and pre-tokenizer", f"a space marker {_SPACE!r}", [normalizer, pre])
 
 
