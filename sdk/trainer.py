@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright import checkpoint
+from edgewright.allocator import keep_freed_memory
 from edgewright.errors import Diverged
 from edgewright.method import Method, StepContext
 from edgewright.objective import ModelInputs, Objective
@@ -87,6 +88,7 @@ class Trainer:
         self.state = state
         self.metrics = metrics
         self.stop = stop
+        keep_freed_memory()
         self.device = torch.device(state.decisions["device"])
         self.dtype = getattr(torch, state.decisions["precision"])
         job.objective.prepare(job.model, self.device)
