@@ -28,9 +28,9 @@ from edgewright.machine import available_cores, describe_machine
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "edgewright.bench_worker")
 FEWEST_REPEATS_TO_TRUST = 5
-IDLE_SHARE_ALLOWED = 0.02  # processor time of a process that waits, as a share of the time it waits
+IDLE_SHARE_ALLOWED = 0.1  # processor time of a process that waits, as a share of the time it waits
 SPREAD_ALLOWED = 0.15  # standard deviation of tokens/s, as a share of the mean
-SETTLE_SECONDS = 0.02  # lets the threads of the runtime that was measured last go to sleep
+SETTLE_SECONDS = 0.1  # lets the threads of the runtime that was measured last go to sleep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
