@@ -81,7 +81,9 @@ def ours(steps: int) -> list[float]:
             directory=Path(folder),
             extra_files=lambda path: None,
         )
-        metrics = Metrics(Path(folder) / "metrics.jsonl", name="bench", logging_steps=10**9, say=lambda line: None)
+        metrics = Metrics(
+            Path(folder) / "metrics.jsonl", name="bench", logging_steps=10**9, save_steps=10**9, say=lambda line: None
+        )
         ends = [time.perf_counter()]
         step = metrics.step
         metrics.step = lambda *a, **k: (step(*a, **k), ends.append(time.perf_counter()))  # type: ignore[method-assign]

@@ -52,7 +52,7 @@ class Loaded:
 
     directory: Path
     state: TrainState
-    rng: list[int]
+    rng: dict[str, list[int]]
     optimizer: dict[str, Tensor]
     methods: dict[str, Any]
 
@@ -64,7 +64,7 @@ def save(
     optimizer: dict[str, Tensor],
     methods: dict[str, dict[str, Any]],
     state: TrainState,
-    rng: Tensor,
+    rng: dict[str, list[int]],
     extra_files: Callable[[Path], None],
 ) -> Path:
     """Write `directory/step-N` and verify it.
@@ -72,7 +72,7 @@ def save(
     Args:
         optimizer: tensors by `kind/parameter name`.
         methods: each method's `state_dict`: JSON values, and tensors.
-        rng: torch's generator state, uint8.
+        rng: states of torch's generators by device, as bytes.
         extra_files: puts the tokenizer's files into the model directory.
 
     Raises:
@@ -93,7 +93,7 @@ def save(
             )
             tensors, values = _split(methods)
             save_file(tensors, temporary / "methods.safetensors")
-            content = {"state": asdict(state), "rng": rng.tolist(), "methods": values}
+            content = {"state": asdict(state), "rng": rng, "methods": values}
             (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
             files = sorted(path for path in temporary.rglob("*") if path.is_file())
             hashes = {str(path.relative_to(temporary)): sha256_file(path) for path in files}

@@ -46,11 +46,21 @@ def _run(result: dict[str, Any]) -> str:
     from edgewright.report import format_table
 
     sample = next((item for item in reversed(result["samples"])), None)
-    parts = [format_table(result)]
+    parts = [format_table(result)] if result["artifacts"] else [_checkpoints(result)]
     if sample is not None:
         parts += [f"{sample['artifact']} continues {sample['prompt']!r}:", sample["prompt"] + sample["text"]]
     parts += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n\n".join([*parts, f"report: {result['report']}"])
+
+
+def _checkpoints(result: dict[str, Any]) -> str:
+    """What a run without exports made."""
+    return _facts([(model["name"], _checkpoint(model)) for model in result["checkpoints"]])
+
+
+def _checkpoint(model: dict[str, Any]) -> str:
+    quality = say.bits(model["bits_per_byte"])
+    return f"{model['path']}  {model['parameters']:,} parameters  {quality} bits per byte"
 
 
 def _report(result: dict[str, Any]) -> str:

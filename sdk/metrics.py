@@ -21,13 +21,17 @@ class Metrics:
         path: metrics.jsonl.
         name: the stage's, for the lines people read.
         logging_steps: print every so many steps.
+        save_steps: a checkpoint every so many steps, for the time that is left until the next.
         say: where plain lines go.
     """
 
-    def __init__(self, path: Path, *, name: str, logging_steps: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, *, name: str, logging_steps: int, save_steps: int, say: Callable[[str], None]
+    ) -> None:
         self.path = path
         self.name = name
         self.logging_steps = logging_steps
+        self.save_steps = save_steps
         self.say = say
         self.total_steps = 0
         self._panel: Any = None
@@ -77,15 +81,21 @@ class Metrics:
             "time": round(time.time(), 3),
         }
         self._append(entry)
-        left = (self.total_steps - state.step) * seconds
+        left = (self.total_steps - state.step) * self._step_seconds()
+        until_save = (self.save_steps - state.step % self.save_steps) * self._step_seconds()
         line = (
             f"{self.name}: step {state.step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  "
-            f"{rate:,.0f} tokens/s  {memory / 2**20:,.0f} MiB  {left / 60:.1f} min left"
+            f"{rate:,.0f} tokens/s  {memory / 2**20:,.0f} MiB  {_duration(left)} left, "
+            f"{_duration(min(left, until_save))} to the next checkpoint"
         )
         if self._panel is not None:
             self._panel.update(self.name, state.step, self.total_steps, line)
         elif state.step % self.logging_steps == 0 or state.step == self.total_steps:
             self.say(line)
+
+    def _step_seconds(self) -> float:
+        """Mean over the last steps."""
+        return sum(seconds for _, seconds in self._recent) / max(1, len(self._recent))
 
     def evaluation(self, state: TrainState, *, loss: float, bits_per_byte: float) -> None:
         """Held-out loss in nats per token, and in bits per byte."""
@@ -119,6 +129,10 @@ class Metrics:
     def _append(self, entry: dict[str, object]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def resident_bytes() -> int:

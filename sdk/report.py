@@ -42,14 +42,17 @@ class ReportResult:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
-        """The object of `report --json`: null where a number was not measured."""
+        """The object of `report --json`: paths as seen from the working directory, null where nothing was measured."""
         return {
             "schema_version": 1,
             "path": str(self.path),
             "name": self.name,
             "finished": self.finished,
             "machine": self.machine,
-            "artifacts": [artifact.model_dump(mode="json") for artifact in self.artifacts],
+            "artifacts": [
+                {**artifact.model_dump(mode="json"), "path": str(self.path.parent / artifact.path)}
+                for artifact in self.artifacts
+            ],
             "warnings": list(self.warnings),
         }
 

@@ -127,7 +127,13 @@ def train_stage(
         directory=directory,
         extra_files=lambda target: _copy_tokenizer(corpus.tokenizer_dir, target),
     )
-    metrics = Metrics(directory / "metrics.jsonl", name=stage.name, logging_steps=settings.logging_steps, say=say)
+    metrics = Metrics(
+        directory / "metrics.jsonl",
+        name=stage.name,
+        logging_steps=settings.logging_steps,
+        save_steps=settings.save_steps,
+        say=say,
+    )
     trainer = Trainer(job, state, metrics, stop)
     metrics.rewind(state.step)
     say(f"{stage.name}: {parameters:,} parameters, {steps:,} steps of {tokens_per_step:,} tokens; {_decided(state)}")

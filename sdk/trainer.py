@@ -112,7 +112,7 @@ class Trainer:
         restore_state(self.job.optimizer, self.job.model, loaded.optimizer)
         for method in self.job.methods:
             method.load_state_dict(loaded.methods[method.type])
-        torch.set_rng_state(torch.tensor(loaded.rng, dtype=torch.uint8))
+        set_random_state(loaded.rng)
         self.state = loaded.state
 
     def train(self) -> checkpoint.TrainState:
@@ -137,7 +137,7 @@ class Trainer:
         state, size = self.state, self.job.settings.per_device_train_batch_size
         while state.position in state.skipped:
             state.position += self.global_batch
-        started, rng = time.perf_counter(), torch.get_rng_state()
+        started, rng = time.perf_counter(), random_state(self.device)
         context = self._context()
         for method in self.job.methods:
             method.before_step(context)
@@ -153,7 +153,7 @@ class Trainer:
             total += parts.detach()
             if self.stop.requested and batch is not micro[-1]:
                 self.job.optimizer.zero_grad(set_to_none=True)
-                torch.set_rng_state(rng)
+                set_random_state(rng)
                 self._interrupt()
         parameters = [p for p in self.job.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.job.settings.max_grad_norm, foreach=True)
@@ -232,7 +232,7 @@ class Trainer:
             optimizer=named_state(self.job.optimizer, self.job.model),
             methods={method.type: method.state_dict() for method in self.job.methods},
             state=self.state,
-            rng=torch.get_rng_state(),
+            rng=random_state(self.device),
             extra_files=self.job.extra_files,
         )
         checkpoint.prune(directory, self.job.settings.keep_checkpoints)
@@ -314,3 +314,18 @@ class Trainer:
             position_ids=tensor(batch.position_ids),
             attention_mask=same & causal,
         )
+
+
+def random_state(device: torch.device) -> dict[str, list[int]]:
+    """The states of torch's generators that a step may draw from, as bytes."""
+    state = {"cpu": torch.get_rng_state().tolist()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device).tolist()
+    return state
+
+
+def set_random_state(state: dict[str, list[int]]) -> None:
+    """Put `random_state` back."""
+    torch.set_rng_state(torch.tensor(state["cpu"], dtype=torch.uint8))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
