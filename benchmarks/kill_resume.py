@@ -1,6 +1,6 @@
 """kill -9 at random moments of the demo's training, the same command again, until it is done: the same bits?
 
-    python benchmarks/kill_resume.py [--kills 20] [--steps 60]
+    python benchmarks/kill_resume.py [--kills 20] [--steps 30]
 
 The demo's student (ternary, distilled from the shipped teacher) trained for `--steps` steps, once without a kill, and
 then again and again with one kill each at a moment drawn uniformly over the whole run, start-up, checkpoints and final
@@ -51,7 +51,7 @@ def outcome(folder: Path) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
     header()
     moments = random.Random(0)

@@ -106,6 +106,11 @@ def resident_memory() -> int | None:
     return status.get("VmRSS")
 
 
+def memory_in_use() -> int:
+    """Bytes of this process that are in memory now; the peak so far where the system tells no current value."""
+    return resident_memory() or peak_memory()
+
+
 def peak_memory() -> int:
     """The most bytes that this process ever had in memory: VmHWM on Linux, getrusage elsewhere."""
     status = _proc_status()

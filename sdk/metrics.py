@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.checkpoint import TrainState
+from edgewright.machine import memory_in_use
 
 
 class Metrics:
@@ -68,7 +69,7 @@ class Metrics:
         """One optimizer step; loss in nats per token."""
         self._recent = [*self._recent[-19:], (tokens, seconds)]
         rate = sum(t for t, _ in self._recent) / max(1e-9, sum(s for _, s in self._recent))
-        memory = resident_bytes()
+        memory = memory_in_use()
         entry: dict[str, object] = {
             "step": state.step,
             "tokens": state.tokens,
@@ -133,15 +134,3 @@ class Metrics:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def resident_bytes() -> int:
-    """Memory of this process now (Linux), or its peak so far (elsewhere)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
-from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
+from edgewright.export.runtimes.session import Capabilities, Logits, Session
 
 _FIRST_CAPACITY = 512
 """Tokens that the cache of a new session holds; it doubles when it is full."""
@@ -139,9 +139,6 @@ class GenaiSession(Session):
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-    def memory(self) -> int:
-        return resident_memory()
 
     def close(self) -> None:
         self._generator = None

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import check_gguf
-from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
+from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.machine import available_cores
 
 MAX_CONTEXT = 4096
@@ -184,9 +184,6 @@ class LlamaCppSession(Session):
             if size >= 0:
                 return text.raw[:size].decode(errors="replace")
             room = -size
-
-    def memory(self) -> int:
-        return resident_memory()
 
     def close(self) -> None:
         if self._batch is not None:

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from edgewright.errors import BadInput
+from edgewright.machine import memory_in_use
 
 Logits = Literal["all", "last", "none"]
 
@@ -99,9 +100,9 @@ class Session(ABC):
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens are left out, bytes that are no UTF-8 are replaced."""
 
-    @abstractmethod
     def memory(self) -> int:
         """Bytes resident in this process now."""
+        return memory_in_use()
 
     @abstractmethod
     def close(self) -> None:
@@ -160,17 +161,3 @@ class Session(ABC):
                     found=token,
                     fix="use the tokenizer that belongs to this model",
                 )
-
-
-def resident_memory() -> int:
-    """Bytes of this process that are in memory now; the peak where the system tells no current value."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        import os
-
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
-from edgewright.export.runtimes.session import Capabilities, Logits, Session, resident_memory
+from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.export.source import open_tokenizer, special_ids
 from edgewright.student import load_model
 
@@ -128,9 +128,6 @@ class TorchSession(Session):
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-    def memory(self) -> int:
-        return resident_memory()
 
     def close(self) -> None:
         self._model = None
