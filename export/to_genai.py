@@ -71,6 +71,9 @@ WIDER: dict[str, tuple[str, ...]] = {
 }
 """The widths to try for a weight, the one asked for first."""
 
+BUILDER_PACKAGES = ("onnxruntime_genai", "onnx_ir")
+"""What the vendor's builder imports; onnxruntime-genai does not declare the second one."""
+
 
 def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
     """Write a GenAI folder.
@@ -97,11 +100,13 @@ def build(model: Path, directory: Path) -> None:
 
     It runs as a process of its own, offline: it prints a lot, and keeps the model in memory.
     """
-    if importlib.util.find_spec("onnxruntime_genai") is None:
+    missing = [package for package in BUILDER_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
         raise BadInput(
             "EW-603",
-            "ONNX Runtime GenAI is not installed",
-            expected="the package onnxruntime-genai",
+            "ONNX Runtime GenAI, or what its model builder needs, is not installed",
+            expected="the packages of the extra `genai`",
+            found=f"no {' and no '.join(missing)}",
             fix='pip install "edgewright[genai]"',
         )
     with tempfile.TemporaryDirectory(prefix="edgewright-builder-") as scratch:

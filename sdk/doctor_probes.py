@@ -163,7 +163,7 @@ PROBES = (
     Probe(name="tokenizers", packages=("tokenizers",), extra=None, run=_tokenizers),
     Probe(name="onnxruntime", packages=("onnx", "onnxruntime"), extra=None, run=_onnxruntime),
     Probe(name="gguf", packages=("gguf",), extra=None, run=_gguf),
-    Probe(name="genai", packages=("onnxruntime_genai",), extra="genai", run=_genai),
+    Probe(name="genai", packages=("onnxruntime_genai", "onnx_ir"), extra="genai", run=_genai),
     Probe(name="llamacpp", packages=("llama_cpp",), extra="llamacpp", run=_llamacpp),
     Probe(
         name="openvino",

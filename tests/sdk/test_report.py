@@ -174,7 +174,7 @@ def test_a_run_that_is_still_going_gets_a_page(fake: Any, tmp_path: Path) -> Non
     assert not result.finished and result.warnings == ()  # a cut-off last line is no warning
     (artifact,) = result.to_json()["artifacts"]  # type: ignore[misc]
     assert (artifact["path"], artifact["bytes"], artifact["gate"]) == (
-        "exports/student-tq2_0/student.gguf",
+        str(directory / "exports/student-tq2_0/student.gguf"),
         8,
         "skipped",
     )
