@@ -178,7 +178,7 @@ class _Run:
         for name in models:
             path = stages[name].model if name in stages else Path(name)
             label = name if name in stages else path.name
-            quality = self._quality(path, label)
+            quality = self._quality(path, label, corpus)
             size = describe_model(path)
             checkpoints.append(
                 {
@@ -190,7 +190,7 @@ class _Run:
                     "parameters": _parameters(path),
                 }
             )
-        rows = [self._artifact_row(name, path) for name, path in artifacts.items()]
+        rows = [self._artifact_row(name, path, corpus) for name, path in artifacts.items()]
         warnings: list[str] = []
         if self.recipe.bench and artifacts:
             settings = self.recipe.bench
@@ -220,14 +220,14 @@ class _Run:
             ],
         }
 
-    def _artifact_row(self, name: str, path: Path) -> dict[str, Any]:
+    def _artifact_row(self, name: str, path: Path, corpus: Corpus) -> dict[str, Any]:
         from edgewright.export.artifact import read_entry, size_of
 
         config = next(export for export in self.recipe.exports if export.name == name)
         entry = read_entry(path)
         assert entry is not None, "an artifact has a manifest"
         parity = entry["parity"] or {}
-        quality = self._quality(path, name)
+        quality = self._quality(path, name, corpus)
         model = config.model if self.recipe.stage(config.model) else Path(config.model).name
         return {
             "name": name,
@@ -244,7 +244,7 @@ class _Run:
             **dict.fromkeys(_SPEED),
         }
 
-    def _quality(self, path: Path, label: str) -> Any:
+    def _quality(self, path: Path, label: str, corpus: Corpus) -> Any:
         """Held-out bits per byte of a checkpoint or artifact in its own runtime; None when the recipe skips it."""
         from edgewright.data import iterate_documents
         from edgewright.evaluate import evaluate_session
@@ -252,7 +252,7 @@ class _Run:
 
         if self.recipe.evaluate is None:
             return None
-        texts = [text for _, text in iterate_documents(self.recipe.data, split="held_out")]
+        texts = [text for _, text in iterate_documents(self.recipe.data, split="held_out", rule=corpus.split)]
         limit = self.recipe.evaluate.max_tokens
         with open_session(path) as session:
             documents = ((session.tokenize(text), len(text.encode())) for text in texts)

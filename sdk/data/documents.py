@@ -7,13 +7,15 @@ from typing import Literal
 
 from edgewright.data.files import FilesData
 from edgewright.data.source import Source
-from edgewright.data.text import Counts, is_held_out, pieces, screen
+from edgewright.data.split import HashSplit, Split
+from edgewright.data.text import Counts, pieces, screen
 
 
 def iterate_documents(
     data: Source | str | Sequence[str],
     *,
     split: Literal["all", "train", "held_out"] = "all",
+    rule: Split | None = None,
     text_key: str = "text",
     counts: Counts | None = None,
 ) -> Iterator[tuple[str, str]]:
@@ -25,6 +27,7 @@ def iterate_documents(
     Args:
         data: a data section, or one file pattern or several (bad text is then an error).
         split: which documents of a data section.
+        rule: how the corpus was divided, `Corpus.split`; by the names of the documents if not given.
         text_key: key of the text in .jsonl files; for patterns.
         counts: where to count what was kept and dropped.
 
@@ -35,8 +38,10 @@ def iterate_documents(
         patterns = (data,) if isinstance(data, str) else tuple(data)
         data = FilesData(files=patterns, text_key=text_key)
     counts = Counts() if counts is None else counts
-    for document in screen(data.documents(), policy=data.on_bad_text, counts=counts):
-        if split != "all" and is_held_out(document.id, data.held_out) != (split == "held_out"):
-            continue
+    documents = screen(data.documents(), policy=data.on_bad_text, counts=counts)
+    if split != "all":
+        rule = rule or HashSplit(held_out=data.held_out)
+        documents = (document for side, document in rule.divide(documents) if side == split)
+    for document in documents:
         for piece in pieces(document.texts, limit=1 << 22):
             yield document.id, piece

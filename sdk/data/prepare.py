@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from edgewright.data.batches import sequences
 from edgewright.data.shards import (
     FORMAT,
@@ -20,7 +22,8 @@ from edgewright.data.shards import (
     read_index,
 )
 from edgewright.data.source import Source
-from edgewright.data.text import Counts, Document, is_held_out, pieces, screen
+from edgewright.data.split import HELD_OUT, TRAIN, HashSplit, Side, Split, TailSplit
+from edgewright.data.text import Counts, Document, pieces, screen
 from edgewright.data.tokenizer import (
     COPIED,
     Encoder,
@@ -34,7 +37,6 @@ from edgewright.errors import BadInput
 from edgewright.files import disk_errors, sha256_file, sync_tree, write_json
 
 Say = Callable[[str], None]
-TRAIN, HELD_OUT = "train", "held_out"
 _BATCH_CHARACTERS = 1 << 21
 """How much is encoded at once: enough to keep every core busy."""
 _SECONDS_BETWEEN_LINES = 5.0
@@ -54,6 +56,8 @@ class Corpus:
     held_out: TokenStream
     fingerprint: str
     """Hash of the tokens and the tokenizer themselves: the same however and wherever they were made."""
+    split: Split
+    """How the text was divided; `iterate_documents` finds the same text with it."""
     report: dict[str, Any]
     """What was read, kept and dropped: JSON."""
 
@@ -81,7 +85,7 @@ def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
             index = _build(config, directory, fingerprint, say)
     else:
         say(f"corpus ready: {index['report']['tokens']:,} tokens, nothing to do")
-    corpus = _open(directory, index)
+    corpus = _open(directory, index, config)
     _check_length(corpus, config)
     return corpus
 
@@ -99,18 +103,18 @@ def _fingerprint(config: Source) -> str:
 def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / INDEX).unlink(missing_ok=True)  # from here on the old files are not to be trusted
-    encoder = _tokenizer(config, directory, say)
+    split = _choose_split(config, directory, say)
+    encoder = _tokenizer(config, split, directory, say)
     writers = {
-        split: StreamWriter(
-            directory / f"{split}.bin", dtype=encoder.dtype, start_id=encoder.start_id, eos_id=encoder.eos_id
+        side: StreamWriter(
+            directory / f"{side}.bin", dtype=encoder.dtype, start_id=encoder.start_id, eos_id=encoder.eos_id
         )
-        for split in (TRAIN, HELD_OUT)
+        for side in (TRAIN, HELD_OUT)
     }
     counts = Counts()
     try:
-        _encode(_documents(config, counts, directory), config, encoder, writers, say)
-        _check_documents(config, counts, writers)
-        splits = {split: writer.close() for split, writer in writers.items()}
+        _encode(_documents(config, counts, directory), split, encoder, writers, say)
+        splits = {side: writer.close() for side, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abort()
@@ -126,6 +130,7 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
         "vocab_size": encoder.vocab_size,
         "start_id": encoder.start_id,
         "eos_id": encoder.eos_id,
+        "split": split.model_dump(mode="json"),
         "files": {**splits, **tokenizer_files},
         "report": _report(counts, splits, encoder),
     }
@@ -134,7 +139,40 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
     return index
 
 
-def _tokenizer(config: Source, directory: Path, say: Say) -> Encoder:
+def _choose_split(config: Source, directory: Path, say: Say) -> Split:
+    """By the names of the documents; by position where that leaves a side empty, as it does with a single document."""
+    counts = Counts()
+    by_name = HashSplit(held_out=config.held_out)
+    if by_name.fills_both(_documents(config, counts, directory)):
+        return by_name
+    if not counts.documents:
+        raise BadInput(
+            "EW-210",
+            "the corpus is empty",
+            where="data",
+            expected="text",
+            found=counts.summary(),
+            fix="check which files data.files names, and data.on_bad_text",
+        )
+    documents = _documents(config, Counts(), directory)
+    tail = TailSplit.find(documents, total=counts.bytes, held_out=config.held_out)
+    if tail is None:
+        raise BadInput(
+            "EW-211",
+            "the corpus is too short to be split",
+            where="data.held_out",
+            expected="text in the training and in the held-out split",
+            found=f"{counts.summary()}, {counts.bytes:,} bytes; data.held_out is {config.held_out:g}",
+            fix="give more text, or change data.held_out (0.05, say)",
+        )
+    say(
+        f"too few documents ({counts.documents:,}) to hold some out by name: held out are the last "
+        f"{counts.bytes - tail.training_bytes:,} of the {counts.bytes:,} bytes of text"
+    )
+    return tail
+
+
+def _tokenizer(config: Source, split: Split, directory: Path, say: Say) -> Encoder:
     """Train or copy the tokenizer into `directory/tokenizer`."""
     target = directory / "tokenizer"
     for name in COPIED:
@@ -145,16 +183,16 @@ def _tokenizer(config: Source, directory: Path, say: Say) -> Encoder:
         copy_tokenizer(wanted.path, target)
         return load_encoder(target)
     say(f"training a byte-level BPE tokenizer of {wanted.vocab_size:,} tokens")
-    _train(wanted, config, directory, target, say)
+    _train(wanted, config, split, directory, target, say)
     encoder = load_encoder(target)
     if encoder.vocab_size < wanted.vocab_size:
         say(f"the corpus gave only {encoder.vocab_size:,} tokens of the {wanted.vocab_size:,} wanted")
     return encoder
 
 
-def _train(wanted: TrainTokenizer, config: Source, directory: Path, target: Path, say: Say) -> None:
-    documents = _documents(config, Counts(), directory)
-    training = (document for document in documents if not is_held_out(document.id, config.held_out))
+def _train(wanted: TrainTokenizer, config: Source, split: Split, directory: Path, target: Path, say: Say) -> None:
+    divided = split.divide(_documents(config, Counts(), directory))
+    training = (document for side, document in divided if side == TRAIN)
     train_tokenizer(_up_to(wanted.max_bytes, training, say), wanted, target)
 
 
@@ -176,26 +214,25 @@ def _documents(config: Source, counts: Counts, scratch: Path | None) -> Iterator
 @dataclass(frozen=True, slots=True)
 class _Piece:
     text: str
-    split: str
+    side: Side
     document_bytes: int | None
     """Of the whole document, on its first piece; None on the others."""
 
 
-def _cut(documents: Iterable[Document], config: Source, encoder: Encoder) -> Iterator[_Piece]:
-    for document in documents:
-        split = HELD_OUT if is_held_out(document.id, config.held_out) else TRAIN
+def _cut(documents: Iterable[Document], split: Split, encoder: Encoder) -> Iterator[_Piece]:
+    for side, document in split.divide(documents):
         for number, text in enumerate(encoder.cut(document.texts)):
-            yield _Piece(text, split, None if number else document.bytes)
+            yield _Piece(text, side, None if number else document.bytes)
 
 
 def _encode(
-    documents: Iterable[Document], config: Source, encoder: Encoder, writers: dict[str, StreamWriter], say: Say
+    documents: Iterable[Document], split: Split, encoder: Encoder, writers: dict[Side, StreamWriter], say: Say
 ) -> None:
-    stream = _cut(documents, config, encoder)
+    stream = _cut(documents, split, encoder)
     spoken = time.monotonic()
     for batch in _batched(stream):
         for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
-            writer = writers[piece.split]
+            writer = writers[piece.side]
             if piece.document_bytes is not None:
                 writer.begin(piece.document_bytes)
             writer.add(ids)
@@ -217,29 +254,6 @@ def _batched(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _check_documents(config: Source, counts: Counts, writers: dict[str, StreamWriter]) -> None:
-    if not counts.documents:
-        raise BadInput(
-            "EW-210",
-            "the corpus is empty",
-            where="data",
-            expected="at least a few documents with text",
-            found=counts.summary(),
-            fix="check which files data.files names, and data.on_bad_text",
-        )
-    for split, writer in writers.items():
-        if not writer.documents:
-            raise BadInput(
-                "EW-211",
-                f"no document fell into the {'held-out' if split == HELD_OUT else 'training'} split",
-                where="data.held_out",
-                expected="documents in both splits",
-                found=f"{counts.summary()}; data.held_out is {config.held_out:g}",
-                fix="change data.held_out (0.2, say), give more documents, or set data.separator to what stands "
-                "between the documents of your .txt file, for instance a blank line",
-            )
-
-
 def _check_length(corpus: Corpus, config: Source) -> None:
     for split, stream in ((TRAIN, corpus.train), (HELD_OUT, corpus.held_out)):
         if not sequences(len(stream), config.sequence_length):
@@ -254,7 +268,7 @@ def _check_length(corpus: Corpus, config: Source) -> None:
             )
 
 
-def _report(counts: Counts, splits: dict[str, dict[str, Any]], encoder: Encoder) -> dict[str, Any]:
+def _report(counts: Counts, splits: dict[Side, dict[str, Any]], encoder: Encoder) -> dict[str, Any]:
     tokens = sum(entry["tokens"] for entry in splits.values())
     return {
         **counts.to_json(),
@@ -262,7 +276,7 @@ def _report(counts: Counts, splits: dict[str, dict[str, Any]], encoder: Encoder)
         "bytes_per_token": counts.bytes / tokens,
         "vocab_size": encoder.vocab_size,
         "splits": {
-            split: {name: entry[name] for name in ("documents", "bytes", "tokens")} for split, entry in splits.items()
+            side: {name: entry[name] for name in ("documents", "bytes", "tokens")} for side, entry in splits.items()
         },
     }
 
@@ -274,7 +288,9 @@ def _summary(report: dict[str, Any], counts: Counts) -> str:
     )
 
 
-def _open(directory: Path, index: dict[str, Any]) -> Corpus:
+def _open(directory: Path, index: dict[str, Any], config: Source) -> Corpus:
+    by_name = HashSplit(held_out=config.held_out).model_dump(mode="json")  # the only way when indices had no such entry
+    split = index.get("split", by_name)
     contents = {name: entry["sha256"] for name, entry in index["files"].items()}
     return Corpus(
         directory=directory,
@@ -285,5 +301,6 @@ def _open(directory: Path, index: dict[str, Any]) -> Corpus:
         train=open_stream(directory, index["files"][TRAIN]),
         held_out=open_stream(directory, index["files"][HELD_OUT]),
         fingerprint=hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
-        report=index["report"],
+        split=TypeAdapter[Split](Split).validate_python(split),
+        report={**index["report"], "split": split},
     )

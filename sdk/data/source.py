@@ -22,7 +22,8 @@ class Source(BaseModel, ABC):
     sequence_length: int = Field(default=256, ge=2)
     """Tokens of one training sequence."""
     held_out: float = Field(default=0.02, gt=0.0, lt=1.0)
-    """Share of the documents kept for evaluation, chosen by a hash of the document's name."""
+    """Share kept for evaluation: of the documents, chosen by a hash of their names, or of the text, at its end, where
+    there are too few documents for that."""
     on_bad_text: BadTextPolicy = "strict"
     """Invalid UTF-8, NUL and malformed documents: stop, drop the document, or put U+FFFD there."""
     restart_at_documents: bool = True

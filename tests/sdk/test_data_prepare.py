@@ -26,6 +26,7 @@ from edgewright.data import (
     prepare_data,
 )
 from edgewright.data.shards import StreamWriter
+from edgewright.data.split import HashSplit
 from edgewright.data.text import is_held_out
 from edgewright.data.tokenizer import load_encoder
 from edgewright.errors import BadInput, NeedsNetwork, OutOfResources
@@ -249,9 +250,81 @@ def test_a_corpus_of_nothing_but_bad_documents(tmp_path: Path) -> None:
         prepare(small(folder, on_bad_text="skip"), tmp_path / "data")
 
 
-def test_no_training_documents(corpus_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="into the training split"):
+def test_no_text_left_for_training(corpus_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"40 documents kept, [\d,]+ bytes; data.held_out is 0.9999") as caught:
         prepare(small(corpus_dir, held_out=0.9999), tmp_path / "data")
+    assert caught.value.code == "EW-211" and not (tmp_path / "data" / "index.json").exists()
+
+
+LINES = [f"Line {number} says that {number} is {'odd' if number % 2 else 'even'}.\n" for number in range(400)]
+
+
+def decoded(corpus: Corpus, side: str) -> str:
+    """The documents of a split, read back from its tokens."""
+    stream = corpus.train if side == "train" else corpus.held_out
+    return str(load_encoder(corpus.tokenizer_dir).tokenizer.decode(stream.tokens.tolist(), skip_special_tokens=True))
+
+
+def test_one_long_document_is_enough(tmp_path: Path) -> None:
+    """Names cannot divide it, so its end is held out; the evaluation finds the same text."""
+    config = small(one_file(tmp_path / "my", "".join(LINES).encode()), held_out=0.1)
+    corpus, lines = prepare(config, tmp_path / "data")
+    train, held_out = decoded(corpus, "train"), decoded(corpus, "held_out")
+    assert train + held_out == "".join(LINES)
+    assert train.endswith("\n") and 0.1 <= len(held_out) / len(train + held_out) < 0.11
+    for stream, text in ((corpus.train, train), (corpus.held_out, held_out)):
+        assert (stream.documents, stream.bytes) == (1, len(text))
+        assert stream.tokens.tolist().count(corpus.eos_id) == 2, "the context of a document stays whole"
+    assert [text for _, text in iterate_documents(config, split="held_out", rule=corpus.split)] == [held_out]
+    assert [text for _, text in iterate_documents(config, split="train", rule=corpus.split)] == [train]
+    assert corpus.report["split"] == {"rule": "tail", "training_bytes": len(train)}
+    assert corpus.report["documents"] == 1 and corpus.report["bytes"] == len(train + held_out)
+    assert f"held out are the last {len(held_out):,} of" in lines[1]
+    again, lines = prepare(config, tmp_path / "data")
+    assert "nothing to do" in lines[0] and again.split == corpus.split and again.fingerprint == corpus.fingerprint
+    other, _ = prepare(config, tmp_path / "other")
+    assert hashes(tmp_path / "other") == hashes(tmp_path / "data") and other.fingerprint == corpus.fingerprint
+
+
+def test_a_few_documents_are_enough(corpus_dir: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        if is_held_out(name, 0.2):
+            (corpus_dir / name).unlink()
+    config = small(corpus_dir)
+    corpus, _ = prepare(config, tmp_path / "data")
+    left = [name for name in NAMES if not is_held_out(name, 0.2)]
+    train = list(iterate_documents(config, split="train", rule=corpus.split))
+    held_out = list(iterate_documents(config, split="held_out", rule=corpus.split))
+    assert [name for name, _ in train] == left[: len(train)]
+    assert held_out[0][0] == f"{train[-1][0]}@{len(train[-1][1])}"
+    assert [name for name, _ in held_out[1:]] == left[len(train) :]
+    assert "".join(text for _, text in train + held_out) == "".join((corpus_dir / name).read_text() for name in left)
+    assert (corpus.train.documents, corpus.held_out.documents) == (len(train), len(held_out))
+
+
+def test_the_tokenizer_does_not_learn_from_the_held_out_end(tmp_path: Path) -> None:
+    text = "".join(LINES) + "qqzzqqzz " * 150
+    corpus, _ = prepare(small(one_file(tmp_path / "my", text.encode()), held_out=0.1), tmp_path / "data")
+    vocabulary = load_encoder(corpus.tokenizer_dir).tokenizer.get_vocab()
+    assert "qq" in decoded(corpus, "held_out") and not [token for token in vocabulary if "qq" in token]
+
+
+def test_an_index_from_before_splits_were_remembered(corpus_dir: Path, tmp_path: Path) -> None:
+    first, _ = prepare(small(corpus_dir), tmp_path / "data")
+    index = json.loads((tmp_path / "data" / "index.json").read_text())
+    del index["split"]
+    (tmp_path / "data" / "index.json").write_text(json.dumps(index))
+    second, lines = prepare(small(corpus_dir), tmp_path / "data")
+    assert "nothing to do" in lines[0] and second.split == first.split == HashSplit(held_out=0.2)
+    assert (second.report, second.fingerprint) == (first.report, first.fingerprint)
+
+
+def test_one_document_shorter_than_a_sequence(tmp_path: Path) -> None:
+    folder = one_file(tmp_path / "my", b"A few words, and then some more of them.")
+    with pytest.raises(BadInput, match="the held-out split is shorter than one sequence") as caught:
+        prepare(small(folder), tmp_path / "data")
+    assert caught.value.code == "EW-212" and "tokens in 1 documents" in str(caught.value)
+    assert "give more text" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("split", ["training", "held-out"])
@@ -308,6 +381,9 @@ def test_memory_does_not_grow_with_a_document_of_one_line(corpus_dir: Path, tmp_
         assert corpus.report["bytes"] > megabytes * 900_000
         return highest
 
+    assert peak(14) < peak(7) + (2 << 20)
+    for name in NAMES:
+        (corpus_dir / name).unlink()  # so that the end of the one document is held out
     assert peak(14) < peak(7) + (2 << 20)
 
 
