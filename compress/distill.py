@@ -76,6 +76,9 @@ class Distill(Objective):
             )
         self._teacher = teacher
 
+    def teacher(self) -> PreTrainedModel | None:
+        return self._teacher
+
     def loss(
         self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:

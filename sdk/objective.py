@@ -42,6 +42,10 @@ class Objective(ABC):
     def prepare(self, student: PreTrainedModel, device: torch.device) -> None:  # noqa: B027 - an optional hook
         """Load what the objective needs besides the student, and check that it fits."""
 
+    def teacher(self) -> PreTrainedModel | None:
+        """The model that the student learns from, to be measured once on the same held-out text."""
+        return None
+
     @abstractmethod
     def loss(
         self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype

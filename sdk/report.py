@@ -142,7 +142,7 @@ def _sections(page: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _stage(run: RunRecord, stage: StageRecord) -> dict[str, Any]:
     titles = {
         "Loss while training, smoothed": figures.training_loss(stage),
-        "Quality on held-out text": figures.held_out(stage, run.results.checkpoints),
+        "Quality on held-out text": figures.held_out(stage),
     }
     drawn = {title: figure for title, figure in titles.items() if figure is not None}
     return {

@@ -141,6 +141,8 @@ class StageRecord:
     evaluated_steps: list[int]
     bits_per_byte: list[float]
     """On held-out text, for each of `evaluated_steps`."""
+    teacher_bits_per_byte: float | None
+    """The teacher's, on the same text; None where there is no teacher."""
     tokens: int | None
     seconds: float | None
     last_step: int
@@ -291,6 +293,7 @@ def _read_stage(folder: Path, sums: StageResult | None, budget: object) -> Stage
     evaluated = [line for line in lines if _is_number(line.get("eval_bits_per_byte")) and "step" in line]
     planned = budget.get("max_steps") if isinstance(budget, dict) else None
     last = steps[-1] if steps else {}
+    teacher = [line["teacher_bits_per_byte"] for line in lines if _is_number(line.get("teacher_bits_per_byte"))]
     memory = [int(line["memory"]) for line in steps if _is_number(line.get("memory"))]
     return StageRecord(
         name=folder.name,
@@ -299,6 +302,7 @@ def _read_stage(folder: Path, sums: StageResult | None, budget: object) -> Stage
         loss=[float(line["loss"]) for line in steps],
         evaluated_steps=[int(line["step"]) for line in evaluated],
         bits_per_byte=[float(line["eval_bits_per_byte"]) for line in evaluated],
+        teacher_bits_per_byte=float(teacher[-1]) if teacher else None,
         tokens=sums.tokens if sums and sums.tokens else last.get("tokens"),
         seconds=sums.seconds if sums and sums.seconds else _training_seconds(steps),
         last_step=int(last.get("step", 0)),

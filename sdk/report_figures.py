@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgewright import report_text as say
-from edgewright.report_data import ArtifactResult, CheckpointResult, StageRecord
+from edgewright.report_data import ArtifactResult, StageRecord
 from edgewright.report_labels import Point, place
 
 Figure = dict[str, Any]
@@ -254,18 +254,17 @@ def training_loss(stage: StageRecord) -> Figure | None:
     }
 
 
-def held_out(stage: StageRecord, checkpoints: Sequence[CheckpointResult]) -> Figure | None:
-    """Bits per byte on held-out text while the stage trained, with the other checkpoints as lines to compare with."""
+def held_out(stage: StageRecord) -> Figure | None:
+    """Bits per byte on held-out text while the stage trained; a line for its teacher's on the same text."""
     if not stage.evaluated_steps:
         return None
-    others = [each for each in checkpoints if each.name != stage.name and each.bits_per_byte is not None]
     hover = [
         f"step {step:,}<br>{value:.3f} bits per byte"
         for step, value in zip(stage.evaluated_steps, stage.bits_per_byte, strict=True)
     ]
     curve = _curve(stage.evaluated_steps, stage.bits_per_byte, color="var(--second)", width=2.2, hover=hover)
     mode = "lines+markers" if len(stage.evaluated_steps) <= MOST_MARKERS else "lines"
-    values = [*stage.bits_per_byte, *(each.bits_per_byte for each in others if each.bits_per_byte is not None)]
+    levels = [] if stage.teacher_bits_per_byte is None else [stage.teacher_bits_per_byte]
     return {
         "id": f"held-out-{stage.name}",
         "data": [{**curve, "mode": mode, "marker": {"size": 7, "color": "var(--second)"}}],
@@ -273,27 +272,29 @@ def held_out(stage: StageRecord, checkpoints: Sequence[CheckpointResult]) -> Fig
             **LAYOUT,
             "height": 280,
             "xaxis": _axis("step", range=[0, max(stage.evaluated_steps) * 1.02]),
-            "yaxis": _axis("held-out bits per byte", range=_padded(values), nticks=6, tickformat=".2f"),
-            "shapes": [_reference_line(each.bits_per_byte) for each in others],
-            "annotations": [_reference_name(each) for each in others],
+            "yaxis": _axis(
+                "held-out bits per byte", range=_padded([*stage.bits_per_byte, *levels]), nticks=6, tickformat=".2f"
+            ),
+            "shapes": [_reference_line(level) for level in levels],
+            "annotations": [_reference_name(level) for level in levels],
         },
         "narrow": {"height": 250, "margin": {"l": 44, "r": 8, "t": 12, "b": 44}},
     }
 
 
-def _reference_line(level: float | None) -> Figure:
+def _reference_line(level: float) -> Figure:
     line = {"color": "var(--muted)", "width": 1.2, "dash": "dash"}
     return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": line}
 
 
-def _reference_name(checkpoint: CheckpointResult) -> Figure:
+def _reference_name(level: float) -> Figure:
     return {
         "xref": "paper",
         "x": 1,
         "xanchor": "right",
-        "y": checkpoint.bits_per_byte,
+        "y": level,
         "yanchor": "bottom",
-        "text": f"{_escape(checkpoint.name)} {say.bits(checkpoint.bits_per_byte)}",
+        "text": f"teacher {say.bits(level)}",
         "showarrow": False,
         "font": {"color": "var(--muted)", "size": 12},
     }

@@ -124,6 +124,7 @@ class Trainer:
             OutOfResources: EW-401, the disk is full; the last good checkpoint stays.
         """
         if self.state.step == 0:
+            self._measure_teacher()
             self.save()
         self.job.model.train()
         with self.metrics.panel(self.job.total_steps), self.stop.deferred():
@@ -199,26 +200,41 @@ class Trainer:
         first, steps = self.state.rewarm
         return factor * min(1.0, (self.state.step - first + 1) / steps)
 
-    @torch.no_grad()
     def evaluate(self) -> float | None:
         """Mean cross-entropy on the first held-out sequences; logged as nats per token and bits per byte."""
+        loss = self._held_out_loss(self.job.model)
+        self.job.model.train()
+        if loss is not None:
+            self.metrics.evaluation(self.state, loss=loss, bits_per_byte=self._bits_per_byte(loss))
+        return loss
+
+    def _measure_teacher(self) -> None:
+        """What the student is to reach, on the very text that `evaluate` uses; kept as an event of the run."""
+        teacher = self.job.objective.teacher()
+        loss = None if teacher is None else self._held_out_loss(teacher)
+        if loss is not None:
+            self.metrics.event("teacher", teacher_loss=loss, teacher_bits_per_byte=self._bits_per_byte(loss))
+
+    def _bits_per_byte(self, loss: float) -> float:
+        return loss / math.log(2) / self.job.bytes_per_token
+
+    @torch.no_grad()
+    def _held_out_loss(self, model: PreTrainedModel) -> float | None:
+        """Nats per token on the first held-out sequences; None without any."""
         from edgewright.objective import NextToken
 
         if self.job.held_out is None:
             return None
-        self.job.model.eval()
+        model.eval()
         objective = NextToken()
         size, nats, counted = self.job.settings.per_device_train_batch_size, 0.0, 0
         sequences = min(self.job.settings.eval_sequences, len(self.job.held_out))
-        plain = TrainingModule(self.job.model, objective, self.dtype)
+        plain = TrainingModule(model, objective, self.dtype)
         for start in range(0, sequences, size):
             batch = self.job.held_out.batch(start, min(size, sequences - start))
             nats += float(plain(self._inputs(batch), 1.0)[0])
             counted += batch.valid_tokens
-        self.job.model.train()
-        loss = nats / max(1, counted)
-        self.metrics.evaluation(self.state, loss=loss, bits_per_byte=loss / math.log(2) / self.job.bytes_per_token)
-        return loss
+        return nats / max(1, counted)
 
     def save(self) -> Path | None:
         """Write a checkpoint of this very step, unless it is there already."""

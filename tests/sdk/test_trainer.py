@@ -357,8 +357,19 @@ def test_a_ternary_student_of_an_earlier_stage(distilled):
     for name, tensor in lattice.items():
         assert torch.equal(torch.from_numpy(tensor.dequantize()), saved[name])
         assert set(saved[name].abs().unique(dim=None).tolist()) <= {0.0, *tensor.scales.flatten().tolist()}
-    line = json.loads((run / "stages/student/metrics.jsonl").read_text().splitlines()[0])
-    assert {"kl", "cross_entropy"} <= line.keys()
+    lines = [json.loads(line) for line in (run / "stages/student/metrics.jsonl").read_text().splitlines()]
+    assert {"kl", "cross_entropy"} <= next(line for line in lines if "loss" in line).keys()
+
+
+def test_the_teacher_is_measured_on_the_students_held_out_text(distilled):
+    """The base stage's own last evaluation, on the same sequences, is the teacher's."""
+    _, run = distilled
+    metrics = {stage: (run / f"stages/{stage}/metrics.jsonl").read_text().splitlines() for stage in ("base", "student")}
+    base = [json.loads(line) for line in metrics["base"]]
+    student = [json.loads(line) for line in metrics["student"]]
+    own = [line["eval_loss"] for line in base if "eval_loss" in line][-1]
+    seen = [line["teacher_loss"] for line in student if line.get("event") == "teacher"]
+    assert seen == [pytest.approx(own, rel=2e-3)]
 
 
 def test_a_ternary_run_resumes_with_the_same_bits(distilled, tmp_path):
