@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from edgewright.recipe import Recipe
 
 Say = Callable[[str], None]
+
+MOST_DOCUMENTS = 1000
+"""Held-out documents that a limited evaluation spreads its tokens over: they are held in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +206,7 @@ class _Run:
                 repeats=settings.repeats,
                 threads=settings.threads,
             )
-            warnings += measured.warnings
+            warnings += [_by_name(warning, artifacts) for warning in measured.warnings]
             for row, speed in zip(rows, measured.artifacts, strict=True):
                 figures = speed.to_json()
                 row |= {name: figures[name] for name in _SPEED}
@@ -252,8 +256,9 @@ class _Run:
 
         if self.recipe.evaluate is None:
             return None
-        texts = [text for _, text in iterate_documents(self.recipe.data, split="held_out", rule=corpus.split)]
         limit = self.recipe.evaluate.max_tokens
+        held_out = iterate_documents(self.recipe.data, split="held_out", rule=corpus.split)
+        texts = [text for _, text in islice(held_out, limit and MOST_DOCUMENTS)]
         with open_session(path) as session:
             documents = ((session.tokenize(text), len(text.encode())) for text in texts)
             quality = evaluate_session(
@@ -323,6 +328,13 @@ def _finished_export(folder: Path, asked: dict[str, Any]) -> Path | None:
     entry = read_entry(path) if path.exists() else None
     same = remembered["asked"] == asked and entry is not None and entry["sha256"] == hash_of(path)
     return path if same else None
+
+
+def _by_name(warning: str, artifacts: dict[str, Path]) -> str:
+    """A warning with the exports' names in the place of paths, which are of this machine."""
+    for name, path in artifacts.items():
+        warning = warning.replace(str(path), name)
+    return warning
 
 
 def _fallback_warnings(rows: list[dict[str, Any]]) -> list[str]:
