@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.files import disk_errors, sha256_file, sync_directory, sync_tree
+from edgewright.student import without_progress_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,8 @@ def save(
     try:
         with disk_errors(temporary):
             (temporary / "model").mkdir(parents=True)
-            model.save_pretrained(temporary / "model")
+            with without_progress_bars():
+                model.save_pretrained(temporary / "model")
             extra_files(temporary / "model")
             save_file(
                 {name: tensor.contiguous() for name, tensor in optimizer.items()}, temporary / "optimizer.safetensors"

@@ -21,6 +21,7 @@ from edgewright.student import (
     StageStudentConfig,
     build_preset,
     load_model,
+    without_progress_bars,
 )
 from edgewright.training import StopRequest, decide
 from edgewright.vocabulary import check_same_tokens
@@ -253,7 +254,8 @@ def _write_model(
     for leftover in target.parent.glob(f".tmp-*-{target.name}"):
         shutil.rmtree(leftover)
     with disk_errors(target):
-        plain.save_pretrained(temporary)
+        with without_progress_bars():
+            plain.save_pretrained(temporary)
         extra_files(temporary)
         if lattice:
             save_sidecar(temporary, lattice)

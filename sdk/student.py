@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -110,6 +112,20 @@ def build_preset(
     return LlamaForCausalLM(LlamaConfig(**settings))
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hugging Face's bars for files that load in a blink are off inside the block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Open a local causal-LM directory in `dtype` (float32 unless given), after the guard has passed it.
 
@@ -123,14 +139,15 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     from edgewright.export.guard import check_model_directory
 
     check_model_directory(directory)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype or torch.float32,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with without_progress_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype or torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:  # transformers would fill them with random numbers
