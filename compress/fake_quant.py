@@ -54,9 +54,9 @@ class _StraightThrough(torch.autograd.Function):
     """Q(W) forward, identity backward. A function of its own, because w + (q - w).detach() is not q in floats."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, group: int | None, strength: float) -> Tensor:
-        quantized = ternary_weight(weight.float(), group)
-        return quantized if strength == 1.0 else torch.lerp(weight.float(), quantized, strength)
+    def forward(ctx: Any, weight: Tensor, group: int | None, strength: Tensor) -> Tensor:
+        # lerp is exact at both ends; a tensor, so that compiled code serves every strength
+        return torch.lerp(weight.float(), ternary_weight(weight.float(), group), strength)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -86,7 +86,8 @@ class TernaryLinear(nn.Linear):
         quantize_activations: int8 per token before the product.
     """
 
-    strength: float
+    strength: Tensor
+    """Scalar in [0, 1], a buffer that is not saved: 0 is full precision, 1 the lattice."""
 
     def __init__(self, latent: nn.Linear, *, group: int | None, quantize_activations: bool) -> None:
         super().__init__(latent.in_features, latent.out_features, latent.bias is not None, device="meta")
@@ -94,7 +95,7 @@ class TernaryLinear(nn.Linear):
         self.bias = latent.bias
         self.group = group
         self.quantize_activations = quantize_activations
-        self.strength = 1.0
+        self.register_buffer("strength", torch.ones((), device=latent.weight.device), persistent=False)
 
     def effective_weight(self) -> Tensor:
         """The weight of the forward, [out, in]; gradients pass straight through to the latent one."""

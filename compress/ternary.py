@@ -32,18 +32,20 @@ class TernaryConfig(BaseModel):
     """Also round activations to int8 per token, as runtimes with integer kernels do."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps over which the weights go from full precision to ternary (lambda warm-up)."""
-    exclude: tuple[str, ...] = ("lm_head",)
-    """Linear layers left in full precision, by the end of their name."""
+    exclude: tuple[str, ...] = ()
+    """Linear layers left in full precision, by their name or the last parts of it: `down_proj`, `0.mlp.up_proj`."""
+    head: bool = False
+    """Whether the output head becomes ternary too; only where it does not share its weight with the embedding."""
 
     def build(self) -> Ternary:
         return Ternary(self)
 
 
 class Ternary(Method):
-    """Replaces every linear layer but the excluded ones by one whose forward uses Q(W); latents stay the parameters.
+    """Replaces linear layers, but the head and the excluded ones, by ones whose forward uses Q(W).
 
-    Embeddings, norms and the head stay in full precision; whether the exported file stores the embedding and head
-    narrower is the export's choice.
+    The latent weights stay the parameters. Embeddings, norms and the head stay in full precision (the head unless the
+    recipe says otherwise); whether the exported file stores embedding and head narrower is the export's choice.
     """
 
     type = "ternary"
@@ -57,15 +59,19 @@ class Ternary(Method):
         """Swap the linear layers.
 
         Raises:
-            RecipeError: EW-703, a row is no multiple of the group (names the layer).
+            RecipeError: EW-703, a row is no multiple of the group (names the layer); EW-708, `exclude` names no
+                layer; EW-709, `head` on a model that ties it to the embedding.
         """
         from torch import nn
 
         from edgewright.compress.fake_quant import TernaryLinear
 
         linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        self._check_names(model, linears)
         for name, linear in linears.items():
-            if name.endswith(self.config.exclude):
+            if any(_names(pattern, name) for pattern in self.config.exclude):
+                continue
+            if linear is model.get_output_embeddings() and not self.config.head:
                 continue
             if self._group and linear.in_features % self._group:
                 raise RecipeError(
@@ -78,12 +84,32 @@ class Ternary(Method):
             model.set_submodule(name, layer)
             self._prepared.append(layer)
 
+    def _check_names(self, model: PreTrainedModel, linears: dict[str, nn.Linear]) -> None:
+        for pattern in self.config.exclude:
+            if not any(_names(pattern, name) for name in linears):
+                last = sorted({name.rpartition(".")[2] for name in linears})
+                raise RecipeError(
+                    "EW-708",
+                    f"`exclude` names no linear layer of this model: {pattern!r}",
+                    expected=f"a layer's name or the last parts of it, such as {', '.join(last)}",
+                    found=pattern,
+                    fix="correct or remove it",
+                )
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if self.config.head and head.weight is embeddings.weight:
+            raise RecipeError(
+                "EW-709",
+                "the output head shares its weight with the token embedding: it cannot be ternary alone",
+                expected="head: false, or a model with tie_word_embeddings: false",
+                fix="leave the head to the export: embedding_quant stores both narrower",
+            )
+
     def before_step(self, ctx: StepContext) -> None:
         """lambda = min(1, (step + 1) / warm-up steps): 1 from the end of the warm-up on."""
         warmup = self.config.warmup_ratio * ctx.total_steps
         strength = min(1.0, (ctx.step + 1) / warmup) if warmup else 1.0
         for layer in self._prepared:
-            layer.strength = strength
+            layer.strength.fill_(strength)
 
     def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
         """The model with plain linear layers that hold codes * scale, and the codes and scales by weight name."""
@@ -126,7 +152,11 @@ class Ternary(Method):
         weights = sum(layer.weight.numel() for layer in layers.values())
         skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         numbers = {"weights": float(weights), "zeros": zeros / max(1, weights)}
-        return MethodReport(changed=len(layers), skipped=tuple(skipped), numbers=numbers)
+        return MethodReport(changed=len(self._prepared), skipped=tuple(skipped), numbers=numbers)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    return layer == pattern or layer.endswith(f".{pattern}")
 
 
 def _layers(model: nn.Module) -> dict[str, TernaryLinear]:

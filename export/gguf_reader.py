@@ -37,7 +37,8 @@ def differences(path: Path, source: Source) -> list[str]:
             found.append(f"{name} has the shape {values.shape}, not {expected.shape}")
         elif not np.array_equal(values, expected):
             found.append(f"{name} differs in {np.count_nonzero(values != expected)} of {values.size} values")
-    return found
+    compared = {name for name, _ in _names(source)}
+    return found + [f"{name} has a lattice but no place in the file" for name in source.lattice if name not in compared]
 
 
 def matrix_types(path: Path) -> set[str]:

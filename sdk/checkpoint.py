@@ -162,6 +162,29 @@ def load(checkpoint: Path) -> Loaded:
     )
 
 
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors model directory, sharded or not."""
+    from safetensors.torch import load_file
+
+    weights: dict[str, Tensor] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        weights |= load_file(path)
+    return weights
+
+
+def put_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Copy saved tensors into a model in place: parameters and saved buffers; tied ones are saved once."""
+    import torch
+
+    places = model.state_dict(keep_vars=True)
+    found = {places[name].data_ptr() for name in weights}
+    missing = [name for name, tensor in places.items() if name not in weights and tensor.data_ptr() not in found]
+    assert not missing, f"the checkpoint lacks {missing}"
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            places[name].copy_(tensor)
+
+
 def prune(directory: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; called only after the newest was verified."""
     for checkpoint in sorted(directory.glob("step-*"), reverse=True)[keep:]:

@@ -96,6 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 weight_gradient.addmm_(gradient.T, chunk)
             else:
                 weight_gradient += gradient.T @ chunk
+        ctx.scaled = False
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(values)
@@ -104,6 +105,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.scaled:
+            raise RuntimeError("this loss gave its gradients away already: a second backward needs a new forward")
+        ctx.scaled = True
         hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (

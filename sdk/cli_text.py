@@ -70,11 +70,11 @@ def _report(result: dict[str, Any]) -> str:
 
 
 def _evaluate(result: dict[str, Any]) -> str:
-    low, high = result["ci95"]
+    interval = "{:.4f} to {:.4f}".format(*result["ci95"]) if result["ci95"] else "unknown for so little text"
     return _facts(
         [
             ("file", f"{result['path']} ({result['runtime']})"),
-            ("bits per byte", f"{result['bits_per_byte']:.4f}  (95 % interval {low:.4f} to {high:.4f})"),
+            ("bits per byte", f"{result['bits_per_byte']:.4f}  (95 % interval {interval})"),
             ("loss", f"{result['loss']:.4f} nats per token"),
             ("perplexity", say.significant(result["perplexity"])),
             ("text", f"{result['tokens']:,} tokens, {result['bytes']:,} bytes"),

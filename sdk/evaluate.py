@@ -35,7 +35,8 @@ class Evaluation:
         loss: mean negative log-likelihood, nats per token.
         bits_per_byte: total nats / ln 2 / bytes: comparable between tokenizers.
         perplexity: exp(loss).
-        ci95: 95 % interval of bits_per_byte (normal, over windows: the text is the sample, not the model).
+        ci95: 95 % interval of bits_per_byte (normal, windows taken as independent: the text is the sample, not the
+            model); None for a single window.
     """
 
     path: Path
@@ -46,7 +47,7 @@ class Evaluation:
     loss: float
     bits_per_byte: float
     perplexity: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -59,7 +60,7 @@ class Evaluation:
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte,
             "perplexity": self.perplexity,
-            "ci95": list(self.ci95),
+            "ci95": None if self.ci95 is None else list(self.ci95),
         }
 
 
@@ -103,58 +104,79 @@ def evaluate_session(
     documents: Iterable[tuple[Sequence[int], int]],
     *,
     max_tokens: int,
-    max_tokens_per_document: int | None = None,
     window: int = 512,
+    seed: int | None = None,
 ) -> Evaluation:
     """Measure an open session.
 
     Args:
         documents: (token ids without start and end token, UTF-8 bytes) of each document.
-        max_tokens: stop after so many tokens; the last document may be read in part, its bytes are counted in part.
-        max_tokens_per_document: read no more than this of each, to see many documents with few tokens.
+        max_tokens: stop after so many tokens; a document may be read in part, its bytes are counted in part.
         window: tokens of context at most.
+        seed: draw windows at random from all documents, so that few tokens speak for all the text (the documents are
+            held in memory); None: read from the start.
 
     Raises:
         BadInput: EW-210, no text at all.
     """
     length = min(window, session.context_length)
+    parts = _parts(session, documents, length)
+    if seed is not None:
+        everything = list(parts)
+        parts = (everything[index] for index in np.random.default_rng(seed).permutation(len(everything)))
     nats: list[float] = []
     sizes: list[int] = []
     shares: list[float] = []
-    count = 0
-    for tokens, size in documents:
+    seen: set[int] = set()
+    for document, inputs, targets, size in parts:
         left = max_tokens - sum(sizes)
         if left <= 0:
             break
-        left = min(left, max_tokens_per_document or left)
-        count += 1
-        for inputs, targets in windows([session.start_id, *tokens[:left]], length):
-            session.rewind(0)
-            logits = session.append(inputs, "all")
-            assert logits is not None
-            nats.append(float(negative_log_likelihood(logits, targets).sum()))
-            sizes.append(len(targets))
-            shares.append(size * len(targets) / len(tokens))
-    total, total_bytes = sum(sizes), sum(shares)
-    if total == 0:
+        inputs, targets, size = inputs[:left], targets[:left], size * min(left, len(targets)) / len(targets)
+        session.rewind(0)
+        logits = session.append(inputs, "all")
+        assert logits is not None
+        nats.append(float(negative_log_likelihood(logits, targets).sum()))
+        sizes.append(len(targets))
+        shares.append(size)
+        seen.add(document)
+    if not sizes:
         raise BadInput(
             "EW-210", "there is no text to evaluate on", expected="at least one token", fix="give files with text"
         )
-    bits = sum(nats) / math.log(2) / total_bytes
-    residuals = np.array(nats) / math.log(2) - bits * np.array(shares)
-    half = 1.96 * math.sqrt(float((residuals**2).sum()) * len(nats) / max(1, len(nats) - 1)) / total_bytes
+    total, total_bytes = sum(sizes), sum(shares)
     loss = sum(nats) / total
+    bits = sum(nats) / math.log(2) / total_bytes
     return Evaluation(
         path=session.path,
         runtime=session.runtime,
-        documents=count,
+        documents=len(seen),
         tokens=total,
         bytes=round(total_bytes),
         loss=loss,
         bits_per_byte=bits,
         perplexity=math.exp(min(loss, 700.0)),
-        ci95=(bits - half, bits + half),
+        ci95=_interval(bits, np.array(nats) / math.log(2), np.array(shares)),
     )
+
+
+def _parts(
+    session: Session, documents: Iterable[tuple[Sequence[int], int]], length: int
+) -> Iterator[tuple[int, list[int], list[int], float]]:
+    """(document, inputs, targets, bytes of the targets) of every window; bytes by the document's mean per token."""
+    for number, (tokens, size) in enumerate(documents):
+        for inputs, targets in windows([session.start_id, *tokens], length):
+            yield number, inputs, targets, size * len(targets) / len(tokens)
+
+
+def _interval(bits: float, window_bits: np.ndarray, window_bytes: np.ndarray) -> tuple[float, float] | None:
+    """95 % interval of the ratio sum(bits) / sum(bytes) over windows (delta method); None for a single window."""
+    count = len(window_bits)
+    if count < 2:
+        return None
+    residuals = window_bits - bits * window_bytes
+    half = 1.96 * math.sqrt(float((residuals**2).sum()) * count / (count - 1)) / float(window_bytes.sum())
+    return bits - half, bits + half
 
 
 def _texts(documents: Iterable[tuple[str, str]], max_tokens: int) -> Iterator[str]:

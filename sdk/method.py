@@ -1,7 +1,7 @@
 """Method: the hooks that a compression method may implement.
 
 A method decides how weights are represented and when they change. Adding one costs one file in `compress/`, one line
-in its `__init__.py`, one row in the tests' table and one example.
+in `sdk/recipe.py`, where its config joins the union, its tests and one example.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StepContext:
     rewarm: Callable[[int], None]
     """Warm the learning rate up again over that many steps."""
     dense_gradient: Callable[[torch.nn.Parameter], torch.Tensor | None]
-    """The gradient of this step, before any mask."""
+    """The gradient of this step as the optimizer sees it (clipped), before any mask; None outside `after_step`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class MethodReport:
 
 
 class Method(ABC):
-    """How weights are represented and when they change. All hooks but `prepare` and `describe` are optional.
+    """How weights are represented and when they change. `prepare`, `finish` and `describe` must be there.
 
     Subclasses are final and named by `type`, the value of `type:` in a recipe, which is also their file's name.
     """
@@ -57,6 +57,8 @@ class Method(ABC):
     registry: ClassVar[dict[str, builtins.type[Method]]] = {}
 
     def __init_subclass__(cls) -> None:
+        if "type" not in cls.__dict__:
+            raise TypeError(f"{cls.__name__} needs a class attribute `type`: its name in recipes")
         if cls.type in Method.registry:
             raise TypeError(f"the method {cls.type!r} is defined twice: was `compress` imported without `edgewright.`?")
         Method.registry[cls.type] = cls
@@ -66,7 +68,10 @@ class Method(ABC):
         """Change the model in place into its trainable form, before the optimizer is built."""
 
     def before_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
-        """Called before the forward of every optimizer step."""
+        """Called before the forward of every optimizer step; again for the same step when a signal cut that one off.
+
+        So what it does must follow from `ctx` and the state, and not count its own calls.
+        """
 
     def after_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
         """Called after every optimizer step."""

@@ -137,6 +137,10 @@ class Recipe(_Section):
         """The stage of that name, None if it is none."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
+    def input_paths(self) -> list[Path]:
+        """Files, patterns and directories that the recipe reads."""
+        return [Path(value) for _, value in _path_values(self.model_dump(mode="json"))]
+
     def to_yaml(self, directory: Path) -> str:
         """The resolved recipe, every default spelled out; runnable from a file in `directory`."""
         from ruamel.yaml import YAML

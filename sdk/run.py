@@ -22,14 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright._verbs import VerbModule
-from edgewright.errors import Locked
+from edgewright.errors import Locked, OutOfResources, Unsafe
 from edgewright.files import write_json, write_text
 
 if TYPE_CHECKING:
     from edgewright.data import Corpus
+    from edgewright.evaluate import Evaluation
     from edgewright.recipe import Recipe
 
 Say = Callable[[str], None]
+
+MARKER = ".edgewright-run"
+"""A file that says that a directory is a run's, so that `--fresh` never removes anything else."""
+PARTS = ("data", "stages", "exports")
+"""Folders of a run directory that belong to the run."""
 
 MOST_DOCUMENTS = 1000
 """Held-out documents that a limited evaluation spreads its tokens over: they are held in memory."""
@@ -72,6 +78,7 @@ def run(recipe: str | Path, *overrides: str, fresh: bool = False, say: Say | Non
 
     Raises:
         RecipeErrors: the recipe is wrong. Locked: EW-402, another process works in the directory.
+        Unsafe: EW-405, the directory holds what is not a run's. OutOfResources: EW-406, it cannot be written.
         Interrupted: a signal; the same command goes on. Every other EdgewrightError as its part raises it.
     """
     from edgewright.recipe import load_recipe
@@ -80,28 +87,35 @@ def run(recipe: str | Path, *overrides: str, fresh: bool = False, say: Say | Non
     say = say or _to_stderr
     loaded = load_recipe(recipe, overrides)
     directory = loaded.run_directory
-    directory.mkdir(parents=True, exist_ok=True)
+    loaded.data.fingerprint()  # the corpus is there; nothing is made or removed before that is known
+    _check_place(loaded, directory, fresh)
+    _make(directory)
     with _locked(directory), StopRequest().installed() as stop:
         if fresh:
             _clear(directory)
-        _write_provenance(Path(recipe), loaded, directory)
-        return _Run(loaded, directory, say).finish(stop)
+        return _Run(Path(recipe), loaded, directory, say).finish(stop)
 
 
 class _Run:
     """The parts of a run, in order; each finds by itself what is done already."""
 
-    def __init__(self, recipe: Recipe, directory: Path, say: Say) -> None:
+    def __init__(self, source: Path, recipe: Recipe, directory: Path, say: Say) -> None:
+        self.source = source
         self.recipe = recipe
         self.directory = directory
         self.say = say
+        self.held_out: list[str] = []
 
     def finish(self, stop: Any) -> RunResult:
         from edgewright.data import prepare_data
         from edgewright.report import report
-        from edgewright.stage import StageResult, train_stage
+        from edgewright.stage import StageResult, check_same_recipe, train_stage
 
+        write_text(self.directory / MARKER, "This directory belongs to `edgewright run`.\n")
         corpus = prepare_data(self.recipe.data, self.directory / "data", say=self.say)
+        for stage in self.recipe.stages:
+            check_same_recipe(self.recipe, stage, corpus, self.directory / "stages" / stage.name)
+        _write_provenance(self.source, self.recipe, self.directory)
         stages: dict[str, StageResult] = {}
         for stage in self.recipe.stages:
             models = {name: result.model for name, result in stages.items()}
@@ -166,35 +180,38 @@ class _Run:
 
     def _measured_from(self, corpus: Corpus, artifacts: dict[str, Path]) -> dict[str, Any]:
         from edgewright.export.artifact import read_entry
+        from edgewright.machine import describe_machine
 
         recipe = self.recipe.model_dump(mode="json", include={"evaluate", "bench", "sample"})
         entries = {name: read_entry(path) for name, path in artifacts.items()}
         hashes = {name: None if entry is None else entry["sha256"] for name, entry in entries.items()}
-        return json.loads(json.dumps({"recipe": recipe, "artifacts": hashes, "data": corpus.fingerprint}))
+        measured = {"recipe": recipe, "artifacts": hashes, "data": corpus.fingerprint, "machine": describe_machine()}
+        return json.loads(json.dumps(measured))
 
     def _measure(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
         from edgewright.bench import bench
         from edgewright.inventory import describe_model
         from edgewright.machine import describe_machine
 
+        self.held_out = self._held_out(corpus) if self.recipe.evaluate else []
         models = {config.model: None for config in self.recipe.exports} | dict.fromkeys(stages)
         checkpoints = []
         for name in models:
             path = stages[name].model if name in stages else Path(name)
             label = name if name in stages else path.name
-            quality = self._quality(path, label, corpus)
+            quality = self._quality(path, label)
             size = describe_model(path)
             checkpoints.append(
                 {
                     "name": label,
                     "path": os.path.relpath(path, self.directory),
                     "bits_per_byte": quality and quality.bits_per_byte,
-                    "ci95": quality and list(quality.ci95),
+                    "ci95": quality and quality.to_json()["ci95"],
                     "bytes": size.bytes,
                     "parameters": _parameters(path),
                 }
             )
-        rows = [self._artifact_row(name, path, corpus) for name, path in artifacts.items()]
+        rows = [self._artifact_row(name, path) for name, path in artifacts.items()]
         warnings: list[str] = []
         if self.recipe.bench and artifacts:
             settings = self.recipe.bench
@@ -224,14 +241,14 @@ class _Run:
             ],
         }
 
-    def _artifact_row(self, name: str, path: Path, corpus: Corpus) -> dict[str, Any]:
+    def _artifact_row(self, name: str, path: Path) -> dict[str, Any]:
         from edgewright.export.artifact import read_entry, size_of
 
         config = next(export for export in self.recipe.exports if export.name == name)
         entry = read_entry(path)
         assert entry is not None, "an artifact has a manifest"
         parity = entry["parity"] or {}
-        quality = self._quality(path, name, corpus)
+        quality = self._quality(path, name)
         model = config.model if self.recipe.stage(config.model) else Path(config.model).name
         return {
             "name": name,
@@ -241,32 +258,40 @@ class _Run:
             "quant": config.quant,
             "bytes": size_of(path),
             "bits_per_byte": quality and quality.bits_per_byte,
-            "bits_per_byte_ci": quality and list(quality.ci95),
+            "bits_per_byte_ci": quality and quality.to_json()["ci95"],
             "gate": entry["gate"],
             "fallbacks": entry["fallbacks"],
             **{key: parity.get(key) for key in _PARITY},
             **dict.fromkeys(_SPEED),
         }
 
-    def _quality(self, path: Path, label: str, corpus: Corpus) -> Any:
-        """Held-out bits per byte of a checkpoint or artifact in its own runtime; None when the recipe skips it."""
+    def _held_out(self, corpus: Corpus) -> list[str]:
+        """The held-out texts that the evaluation draws from; a limited one holds no more than it can need."""
         from edgewright.data import iterate_documents
+
+        assert self.recipe.evaluate
+        texts = iterate_documents(self.recipe.data, split="held_out", rule=corpus.split)
+        return [text for _, text in islice(texts, self.recipe.evaluate.max_tokens and MOST_DOCUMENTS)]
+
+    def _quality(self, path: Path, label: str) -> Evaluation | None:
+        """Held-out bits per byte of a checkpoint or artifact in its own runtime, on the same windows for all of them.
+
+        A limited evaluation draws windows at random from all held-out documents. None when the recipe skips it.
+        """
         from edgewright.evaluate import evaluate_session
         from edgewright.export.runtimes import open_session
 
         if self.recipe.evaluate is None:
             return None
         limit = self.recipe.evaluate.max_tokens
-        held_out = iterate_documents(self.recipe.data, split="held_out", rule=corpus.split)
-        texts = [text for _, text in islice(held_out, limit and MOST_DOCUMENTS)]
         with open_session(path) as session:
-            documents = ((session.tokenize(text), len(text.encode())) for text in texts)
+            documents = ((session.tokenize(text), len(text.encode())) for text in self.held_out)
             quality = evaluate_session(
                 session,
                 documents,
                 max_tokens=limit or sys.maxsize,
-                max_tokens_per_document=None if limit is None else -(-limit // len(texts)),
                 window=self.recipe.data.sequence_length,
+                seed=None if limit is None else self.recipe.seed,
             )
         self.say(f"{label}: {quality.bits_per_byte:.4f} bits per byte on {quality.tokens:,} held-out tokens")
         return quality
@@ -385,9 +410,53 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def _check_place(recipe: Recipe, directory: Path, fresh: bool) -> None:
+    """Refuse a directory whose folders are somebody else's, and a fresh start that would remove what the recipe needs.
+
+    Raises:
+        Unsafe: EW-405.
+    """
+    taken = [name for name in PARTS if (directory / name).exists()]
+    if taken and not (directory / MARKER).exists():
+        raise Unsafe(
+            "EW-405",
+            "this directory is no run's, and has folders of the names that a run uses",
+            where=directory.absolute(),
+            found=", ".join(taken),
+            fix="choose another output_dir",
+        )
+    for path in recipe.input_paths() if fresh else []:
+        if any(path.absolute().is_relative_to((directory / name).absolute()) for name in PARTS):
+            raise Unsafe(
+                "EW-405",
+                "a fresh start would remove what the recipe needs",
+                where=path,
+                fix="move it out of the run directory, or choose another output_dir",
+            )
+
+
+def _make(directory: Path) -> None:
+    """Make the run directory; whatever the system refuses there is the user's to mend (EW-406)."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".{os.getpid()}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutOfResources(
+            "EW-406",
+            "the run directory cannot be made or written",
+            where=directory.absolute(),
+            expected="a directory that this user may write to",
+            found=error.strerror or str(error),
+            fix="choose another output_dir",
+        ) from error
+
+
 def _clear(directory: Path) -> None:
-    for name in ("data", "stages", "exports"):
-        shutil.rmtree(directory / name, ignore_errors=True)
+    for name in PARTS:
+        if (directory / name).exists():
+            shutil.rmtree(directory / name)
     for name in ("results.json", "report.html"):
         (directory / name).unlink(missing_ok=True)
 

@@ -27,7 +27,6 @@ from edgewright.training import StopRequest, decide
 from edgewright.vocabulary import check_same_tokens
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from edgewright.data import Corpus
@@ -79,7 +78,7 @@ def train_stage(
     from edgewright.trainer import Job, Trainer
 
     done = directory / "done.json"
-    _same_recipe(recipe, stage, corpus, directory)
+    check_same_recipe(recipe, stage, corpus, directory)
     if done.exists():
         say(f"{stage.name}: done already")
         return _read_result(done)
@@ -140,7 +139,7 @@ def train_stage(
     say(f"{stage.name}: {parameters:,} parameters, {steps:,} steps of {tokens_per_step:,} tokens; {_decided(state)}")
     if loaded:
         metrics.event("resumed", step=state.step)
-        trainer.restore(loaded, read_weights(loaded.directory / "model"))
+        trainer.restore(loaded, checkpoint.read_weights(loaded.directory / "model"))
     final = trainer.train()
     target = _write_model(methods, model, directory / "model", job.extra_files)
     result = StageResult(
@@ -157,14 +156,10 @@ def train_stage(
     return result
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors model directory, sharded or not."""
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        weights |= load_file(path)
-    return weights
+def trained_form(stage: Path) -> Path:
+    """The weights that a finished stage trained (latents, where a method has them), to go on from."""
+    newest = checkpoint.newest(stage / "checkpoints", lambda line: None)
+    return stage / "model" if newest is None else newest / "model"
 
 
 def model_of(config: CheckpointStudentConfig | StageStudentConfig, earlier: dict[str, Path]) -> Path:
@@ -185,7 +180,13 @@ def _student(
             eos=corpus.eos_id,
             seed=recipe.seed,
         )
+    from edgewright.export.lattice import SIDECAR
+
     directory = model_of(config, earlier)
+    if isinstance(config, StageStudentConfig):
+        directory = trained_form(directory.parent)
+    if stage.methods and (directory / SIDECAR).exists():
+        say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
     for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
         say(f"note: {note}")
     model = load_model(directory)
@@ -273,7 +274,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, directory: Path) -> None:
+def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, directory: Path) -> None:
     """Refuse to go on with a run that another recipe began; remember this one's if there is none."""
     kept = directory / "stage.json"
     dumped = stage.model_dump(mode="json")
@@ -318,6 +319,14 @@ def _same_machine(state: checkpoint.TrainState, say: Callable[[str], None]) -> N
     import torch
 
     torch.set_num_threads(state.decisions["threads"])
+    if state.decisions["device"] == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "EW-710",
+            "this run was begun on a GPU, and there is none here",
+            expected="a CUDA device",
+            found="none",
+            fix="go on where it was begun, or start again with --fresh",
+        )
     if state.decisions["torch"] != torch.__version__:
         say(
             f"warning: begun with torch {state.decisions['torch']}, going on with {torch.__version__}: "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgewright.errors import BadInput
+from edgewright.errors import BadInput, RecipeError
 from edgewright.paths import RecipePath
 
 if TYPE_CHECKING:
@@ -175,12 +175,29 @@ def hidden_states(model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
 
 
 def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Head:
-    """The output head with its effective weight, in `dtype` if given."""
+    """The output head with its effective weight, in `dtype` if given.
+
+    Raises:
+        RecipeError: EW-707, a method replaced the head by a layer whose effective weight is not known.
+    """
+    from torch import nn
+
     from edgewright.chunked import Head
     from edgewright.compress.fake_quant import TernaryLinear
 
-    layer: Any = model.get_output_embeddings()
-    weight = layer.effective_weight() if isinstance(layer, TernaryLinear) else layer.weight
+    layer = model.get_output_embeddings()
+    if isinstance(layer, TernaryLinear):
+        weight = layer.effective_weight()
+    elif type(layer) is nn.Linear:
+        weight = layer.weight
+    else:
+        raise RecipeError(
+            "EW-707",
+            "this output head cannot be trained in chunks",
+            expected="a linear layer, plain or ternary",
+            found=type(layer).__name__,
+            fix="exclude the head from the method that replaced it",
+        )
     bias = layer.bias
     return Head(
         weight if dtype is None else weight.to(dtype), bias if bias is None or dtype is None else bias.to(dtype)

@@ -106,9 +106,7 @@ class Trainer:
 
     def restore(self, loaded: checkpoint.Loaded, weights: dict[str, Tensor]) -> None:
         """Put a checkpoint's optimizer, methods and random state back; `weights` are the model's tensors."""
-        with torch.no_grad():
-            for name, parameter in self.job.model.named_parameters():
-                parameter.copy_(weights[name])
+        checkpoint.put_weights(self.job.model, weights)
         restore_state(self.job.optimizer, self.job.model, loaded.optimizer)
         for method in self.job.methods:
             method.load_state_dict(loaded.methods[method.type])
@@ -139,7 +137,7 @@ class Trainer:
         while state.position in state.skipped:
             state.position += self.global_batch
         started, rng = time.perf_counter(), random_state(self.device)
-        context = self._context()
+        context = self._context(state.step)
         for method in self.job.methods:
             method.before_step(context)
         micro = [
@@ -148,7 +146,7 @@ class Trainer:
         counted = sum(batch.valid_tokens for batch in micro)
         total = torch.zeros(len(self.job.objective.parts), device=self.device)
         for batch in micro:
-            loss, parts = self.step_module(self._inputs(batch), 1.0 / max(1, counted))
+            loss, parts = self.step_module(model_inputs(batch, self.device), 1.0 / max(1, counted))
             loss = self._with_penalties(loss, len(micro))
             loss.backward()
             total += parts.detach()
@@ -167,7 +165,7 @@ class Trainer:
             group["lr"] = rate
         self.job.optimizer.step()
         for method in self.job.methods:
-            method.after_step(context)
+            method.after_step(self._context(state.step + 1))
         self.job.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         state.step += 1
@@ -232,7 +230,7 @@ class Trainer:
         plain = TrainingModule(model, objective, self.dtype)
         for start in range(0, sequences, size):
             batch = self.job.held_out.batch(start, min(size, sequences - start))
-            nats += float(plain(self._inputs(batch), 1.0)[0])
+            nats += float(plain(model_inputs(batch, self.device), 1.0)[0])
             counted += batch.valid_tokens
         return nats / max(1, counted)
 
@@ -263,8 +261,6 @@ class Trainer:
 
     def _roll_back(self, loss: float, norm: float, indices: list[int]) -> None:
         """Back to the last good checkpoint, with this global batch on the list of those never trained on."""
-        from safetensors.torch import load_file
-
         bad, step = self.state.position, self.state.step
         rollbacks, skipped = self.state.rollbacks + 1, [*self.state.skipped, bad]
         self.metrics.event(
@@ -282,15 +278,17 @@ class Trainer:
         good = checkpoint.newest(self.job.directory / "checkpoints", self.metrics.say)
         assert good is not None, "a checkpoint is written before the first step"
         self.job.optimizer.zero_grad(set_to_none=True)
-        self.restore(checkpoint.load(good), load_file(good / "model" / "model.safetensors"))
+        self.restore(checkpoint.load(good), checkpoint.read_weights(good / "model"))
         self.state.rollbacks, self.state.skipped = rollbacks, skipped
         self.metrics.rewind(self.state.step)
         self.metrics.event("rollback", step=step, to_step=self.state.step, skipped_position=bad)
         self._clean = True
 
-    def _context(self) -> StepContext:
+    def _context(self, next_step: int) -> StepContext:
+        """`next_step` is the first step that a re-warm-up asked for now can change."""
+
         def rewarm(steps: int) -> None:
-            self.state.rewarm = (self.state.step, steps)
+            self.state.rewarm = (next_step, steps)
 
         def reset(parameter: nn.Parameter, mask: Tensor | None) -> None:
             reset_state(self.job.optimizer, parameter, mask)
@@ -310,26 +308,27 @@ class Trainer:
                 loss = loss + penalty / micro_batches
         return loss
 
-    def _inputs(self, batch: Batch) -> ModelInputs:
-        """A batch as tensors on the device; the block-diagonal mask only where documents meet inside a row."""
 
-        def tensor(array: Any) -> Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
+def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
+    """A batch as tensors on the device; the block-diagonal mask only where documents meet inside a row."""
 
-        if not batch.has_borders:
-            return ModelInputs(
-                input_ids=tensor(batch.input_ids), labels=tensor(batch.labels), position_ids=None, attention_mask=None
-            )
-        documents = tensor(batch.document_ids)
-        length = documents.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril_()
-        same = documents[:, None, :, None] == documents[:, None, None, :]
+    def tensor(array: Any) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    if not batch.has_borders:
         return ModelInputs(
-            input_ids=tensor(batch.input_ids),
-            labels=tensor(batch.labels),
-            position_ids=tensor(batch.position_ids),
-            attention_mask=same & causal,
+            input_ids=tensor(batch.input_ids), labels=tensor(batch.labels), position_ids=None, attention_mask=None
         )
+    documents = tensor(batch.document_ids)
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return ModelInputs(
+        input_ids=tensor(batch.input_ids),
+        labels=tensor(batch.labels),
+        position_ids=tensor(batch.position_ids),
+        attention_mask=same & causal,
+    )
 
 
 def random_state(device: torch.device) -> dict[str, list[int]]:

@@ -24,7 +24,7 @@ def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: d
     state: dict[Tensor, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
-        state.setdefault(parameters[name], {})[kind] = tensor.clone()
+        state.setdefault(parameters[name], {})[kind] = tensor.to(parameters[name].device, copy=True)
     optimizer.state.clear()
     optimizer.state.update(state)
 

@@ -86,9 +86,9 @@ def test_strength_zero_is_full_precision_and_one_is_the_lattice():
     linear = nn.Linear(256, 16)
     layer = TernaryLinear(linear, group=0, quantize_activations=False)
     x = torch.randn(3, 256)
-    layer.strength = 0.0
+    layer.strength.fill_(0.0)
     assert torch.equal(layer(x), linear(x))
-    layer.strength = 1.0
+    layer.strength.fill_(1.0)
     assert torch.equal(layer.effective_weight(), ternary_weight(linear.weight.detach(), 0))
 
 
@@ -138,7 +138,7 @@ def test_warm_up_goes_from_full_precision_to_the_lattice(model):
     strengths = []
     for step in range(10):
         method.before_step(_context(step))
-        strengths.append(layer.strength)
+        strengths.append(float(layer.strength))
     assert strengths == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1])
 
 
@@ -160,6 +160,53 @@ def test_a_group_that_does_not_divide_a_row_is_refused_by_name():
     )
     with pytest.raises(RecipeError, match=r"self_attn\.q_proj[\s\S]*128 columns"):
         TernaryConfig(granularity="group").build().prepare(model)
+
+
+def test_exclude_matches_whole_parts_of_names(model):
+    method = TernaryConfig(exclude=("down_proj", "0.self_attn.q_proj")).build()
+    method.prepare(model)
+    report = method.describe(model)
+    assert report.changed == 5
+    assert set(report.skipped) == {"model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj", "lm_head"}
+
+
+@pytest.mark.parametrize("pattern", ["dwn_proj", "proj", "lm_hed"])
+def test_an_exclude_that_matches_nothing_is_an_error(model, pattern):
+    with pytest.raises(RecipeError, match=f"EW-708[\\s\\S]*{pattern}"):
+        TernaryConfig(exclude=(pattern,)).build().prepare(model)
+
+
+def test_a_tied_head_is_not_made_ternary(model):
+    with pytest.raises(RecipeError, match="EW-709"):
+        TernaryConfig(head=True).build().prepare(model)
+
+
+def test_an_untied_head_can_be_ternary(model):
+    from edgewright.student import output_head
+
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    method = TernaryConfig(head=True).build()
+    method.prepare(model)
+    assert method.describe(model).changed == 8
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state[0]
+        assert torch.equal(output_head(model)(hidden), model(tokens).logits[0])
+        plain, lattice = method.finish(model)
+        assert "lm_head.weight" in lattice
+        assert torch.equal(plain(tokens).logits, model(tokens).logits)
+
+
+def test_a_head_of_another_kind_is_refused_not_ignored(model):
+    from edgewright.student import output_head
+
+    class Odd(nn.Linear):
+        pass
+
+    model.lm_head = Odd(256, 64, bias=False)
+    with pytest.raises(RecipeError, match="EW-707"):
+        output_head(model)
 
 
 def test_training_moves_the_codes(model):

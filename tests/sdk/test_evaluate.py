@@ -106,8 +106,23 @@ def test_the_budget_cuts_documents_and_counts_their_bytes_in_part(session):
     documents = [(session.tokenize("ab" * 20), 80), (session.tokenize("cd" * 20), 80), (session.tokenize("ef"), 4)]
     result = evaluate_session(session, documents, max_tokens=50)
     assert (result.tokens, result.bytes, result.documents) == (50, 100, 2)
-    spread = evaluate_session(session, documents, max_tokens=50, max_tokens_per_document=10)
-    assert (spread.tokens, spread.documents) == (22, 3)
+
+
+def test_random_windows_speak_for_the_whole_text(session):
+    """All windows in a random order are the whole text; a few of them are near it, and the same for every session."""
+    rng = np.random.default_rng(2)
+    documents = [(rng.integers(1, VOCABULARY, size).tolist(), size) for size in rng.integers(1, 60, 200)]
+    whole = evaluate_session(session, documents, max_tokens=10**6, window=8)
+    shuffled = evaluate_session(session, documents, max_tokens=10**6, window=8, seed=3)
+    assert (shuffled.tokens, shuffled.bytes, shuffled.documents) == (whole.tokens, whole.bytes, whole.documents)
+    assert shuffled.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-12)
+    few, again = (evaluate_session(session, documents, max_tokens=1000, window=8, seed=3) for _ in range(2))
+    assert few == again and few.tokens == 1000 and few.documents > 50
+    assert few.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=0.05)
+
+
+def test_one_window_has_no_interval(session):
+    assert evaluate_session(session, [([1, 2, 3], 3)], max_tokens=10).ci95 is None
 
 
 def test_the_interval_is_that_of_independent_windows(session):

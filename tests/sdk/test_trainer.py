@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import edgewright
 from edgewright import checkpoint
-from edgewright.errors import Diverged, Locked, OutOfResources, RecipeError
+from edgewright.errors import Diverged, Locked, OutOfResources, RecipeError, Unsafe
 from edgewright.training import Interrupted
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -143,6 +143,58 @@ def test_the_optimizer_is_torchs_adamw(finished, tmp_path):
     saved = load_file(tmp_path / "run/stages/base/model/model.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=2e-5, msg=name)
+
+
+def test_packed_loss_of_each_document_is_its_loss_alone():
+    """Rows with many documents: each one's loss with mask and restarted positions is that of the document by itself."""
+    import numpy as np
+    from torch.nn import functional as F
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from edgewright.chunked import Head
+    from edgewright.data import Batches, TokenStream
+    from edgewright.student import hidden_states, output_head
+    from edgewright.trainer import model_inputs
+
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 50, size) for size in rng.integers(3, 20, 40)]
+    tokens = np.concatenate([part for document in documents for part in ([0], document)] + [[0]]).astype(np.uint16)
+    stream = TokenStream(tokens=tokens, documents=len(documents), bytes=len(tokens))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
+    batch = Batches(stream, sequence_length=64, seed=0, start_id=0, eos_id=0).batch(0, 4)
+    assert batch.has_borders and batch.document_ids.max() > 3
+    with torch.no_grad():
+        head: Head = output_head(model)
+        logits = head(hidden_states(model, model_inputs(batch, torch.device("cpu")))).unflatten(0, (4, 64))
+        for row in range(4):
+            segments = torch.from_numpy(batch.document_ids[row])
+            for segment in segments.unique():
+                part = segments == segment
+                labels = torch.from_numpy(batch.labels[row])[part]
+                alone = model(torch.from_numpy(batch.input_ids[row])[part][None]).logits[0]
+                packed = F.cross_entropy(logits[row][part], labels)
+                torch.testing.assert_close(packed, F.cross_entropy(alone, labels), rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_restores_buffers_too():
+    """A mask that a method registers is no parameter, and is part of the model's state all the same."""
+    from edgewright.student import PresetStudentConfig, build_preset
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = PresetStudentConfig(preset="llama-1m", **sizes)
+    models = [
+        build_preset(config, vocab_size=50, max_position_embeddings=64, bos=0, eos=0, seed=seed) for seed in (1, 2)
+    ]
+    for number, model in enumerate(models):
+        model.model.layers[0].mlp.register_buffer("mask", torch.full((3,), float(number)))
+    saved = {name: tensor for name, tensor in models[0].state_dict().items() if name != "lm_head.weight"}
+    checkpoint.put_weights(models[1], saved)
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[name]), name
+    with pytest.raises(AssertionError, match="mask"):
+        checkpoint.put_weights(models[1], {name: tensor for name, tensor in saved.items() if "mask" not in name})
 
 
 def _stop_at(monkeypatch, step, number=signal.SIGTERM):
@@ -372,6 +424,16 @@ def test_the_teacher_is_measured_on_the_students_held_out_text(distilled):
     assert seen == [pytest.approx(own, rel=2e-3)]
 
 
+def test_a_later_stage_goes_on_from_the_latent_weights(distilled, tmp_path):
+    from edgewright.stage import trained_form
+
+    _, run = distilled
+    latent = load_file(trained_form(run / "stages/student") / "model.safetensors")
+    plain = load_file(run / "stages/student/model/model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert len(plain[name][0].unique()) <= 3 < len(latent[name][0].unique())
+
+
 def test_a_ternary_run_resumes_with_the_same_bits(distilled, tmp_path):
     recipe, run = distilled
     for calls in (32, 3):
@@ -384,9 +446,44 @@ def test_a_ternary_run_resumes_with_the_same_bits(distilled, tmp_path):
     assert weights(tmp_path / "run", "student") == weights(run, "student")
 
 
+def test_fresh_removes_nothing_that_is_not_the_runs(finished, tmp_path):
+    recipe, run = finished
+    mine = tmp_path / "data"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(Unsafe, match="EW-405") as refused:
+            edgewright.run(recipe, f"output_dir={tmp_path}", fresh=fresh)
+        assert refused.value.exit_code == 8
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "precious.txt"]
+
+
+def test_fresh_keeps_what_the_recipe_reads(finished, tmp_path):
+    recipe, run = finished
+    edgewright.run(recipe, f"output_dir={tmp_path}", "stages.base.budget.max_steps=1")
+    start = f"stages.base.student={{type: checkpoint, model: {tmp_path / 'stages/base/model'}}}"
+    with pytest.raises(Unsafe, match="EW-405"):
+        edgewright.run(recipe, f"output_dir={tmp_path}", start, fresh=True)
+    assert (tmp_path / "stages/base/model/model.safetensors").exists()
+
+
+def test_a_file_where_the_run_should_be(finished, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(OutOfResources, match="EW-406"):
+        edgewright.run(finished[0], f"output_dir={tmp_path / 'run'}")
+
+
+def test_a_refused_recipe_leaves_the_provenance_of_the_run(finished):
+    recipe, run = finished
+    before = (run / "recipe.resolved.yaml").read_bytes()
+    with pytest.raises(RecipeError, match="EW-705"):
+        edgewright.run(recipe, f"output_dir={run}", "stages.base.optimizer.weight_decay=0.5")
+    assert (run / "recipe.resolved.yaml").read_bytes() == before
+
+
 def test_a_method_that_changes_nothing_is_an_error(finished, tmp_path):
     recipe, _ = finished
-    everything = "[lm_head, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
+    everything = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
     with pytest.raises(RecipeError, match="EW-704"):
         edgewright.run(
             recipe,
