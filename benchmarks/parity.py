@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py [--stories DIR]
 
-fp32 ONNX and F32 GGUF (F32 cache) of the shipped teacher and, if given, of stories260K: largest logit difference (bar
+fp32 ONNX and F32 GGUF (F32 cache) of the shipped teacher and of stories260K where it is there: largest logit difference (bar
 1e-3), same top-1 (bar 100 %), greedy 64 tokens. Ternary files of the demo's student (`runs/demo`, or `--student DIR`):
 codes and scales bit for bit, mean KL (bar 1e-3 where the runtime computes in float32; else as measured), bits per
 linear weight (bars 2.07 in TQ2_0, 2.25 in ONNX).
@@ -75,14 +75,14 @@ def genai_bits(folder: Path, source) -> float:  # noqa: ANN001
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stories", type=Path)
+    parser.add_argument("--stories", type=Path, default=ROOT.parent / "shared/data/stories260K")
     parser.add_argument("--student", type=Path, default=ROOT / "runs/demo/stages/student/model")
     arguments = parser.parse_args()
     header()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         good = lossless(ROOT / "examples/teacher", work)
-        if arguments.stories:
+        if arguments.stories.exists():
             good &= lossless(arguments.stories, work)
         if arguments.student.exists():
             good &= ternary(arguments.student, work)
