@@ -2,8 +2,9 @@
 
     python benchmarks/parity.py [--stories DIR]
 
-fp32 ONNX and F32 GGUF (F32 cache) of the shipped teacher and of stories260K where it is there: largest logit difference (bar
-1e-3), same top-1 (bar 100 %), greedy 64 tokens. Ternary files of the demo's student (`runs/demo`, or `--student DIR`):
+fp32 ONNX and F32 GGUF (F32 cache) of the shipped teacher, and of stories260K where it is there: largest difference
+of two logits (bar 1e-3), same top-1 (bar 100 %), greedy 64 tokens. Ternary files of the demo's student (`runs/demo`, or
+`--student DIR`):
 codes and scales bit for bit, mean KL (bar 1e-3 where the runtime computes in float32; else as measured), bits per
 linear weight (bars 2.07 in TQ2_0, 2.25 in ONNX).
 """
