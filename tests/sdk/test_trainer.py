@@ -165,6 +165,10 @@ def test_packed_loss_of_each_document_is_its_loss_alone():
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
     batch = Batches(stream, sequence_length=64, seed=0, start_id=0, eos_id=0).batch(0, 4)
     assert batch.has_borders and batch.document_ids.max() > 3
+    positions = model_inputs(batch, torch.device("cpu")).position_ids  # rotary attention alone would not show them
+    assert positions is not None
+    assert not positions[torch.from_numpy(batch.input_ids == 0)].any()
+    assert 0 < positions.max() < 20
     with torch.no_grad():
         head: Head = output_head(model)
         logits = head(hidden_states(model, model_inputs(batch, torch.device("cpu")))).unflatten(0, (4, 64))
