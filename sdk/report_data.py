@@ -308,7 +308,7 @@ def _read_stage(folder: Path, sums: StageResult | None, budget: object) -> Stage
         last_step=int(last.get("step", 0)),
         total_steps=sums.steps if sums and sums.steps else planned,
         memory=max(memory, default=None),
-        events=[line for line in lines if "event" in line],
+        events=[line for line in lines if line.get("event", "teacher") != "teacher"],
         unreadable_lines=unreadable,
     )
 
