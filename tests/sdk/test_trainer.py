@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,11 @@ from safetensors.torch import load_file
 
 import edgewright
 from edgewright import checkpoint
-from edgewright.errors import Diverged, Locked, OutOfResources, RecipeError, Unsafe
+from edgewright.errors import Diverged, OutOfResources, RecipeError
 from edgewright.training import Interrupted
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_run import curve, weights, write_recipe  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted run: (recipe, run directory)."""
-    folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder)
-    edgewright.run(recipe, f"output_dir={folder / 'run'}")
-    return recipe, folder / "run"
 
 
 def test_it_learns_and_leaves_what_the_design_promises(finished):
@@ -347,54 +337,6 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, monkeypatch, na
     assert weights(tmp_path / "run") == weights(run)
 
 
-def test_another_recipe_in_the_same_directory_is_refused(finished):
-    recipe, run = finished
-    with pytest.raises(RecipeError, match="EW-705") as refused:
-        edgewright.run(recipe, f"output_dir={run}", "stages.base.optimizer.learning_rate=1e-3")
-    assert "optimizer" in str(refused.value)
-
-
-def test_settings_that_change_no_bits_may_change(finished):
-    recipe, run = finished
-    edgewright.run(
-        recipe, f"output_dir={run}", "stages.base.training.save_steps=5", "stages.base.training.logging_steps=1"
-    )
-
-
-def test_fresh_starts_again(finished, tmp_path):
-    recipe, run = finished
-    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", "stages.base.budget.max_steps=2")
-    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", fresh=True)
-    assert weights(tmp_path / "run") == weights(run)
-
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from edgewright.run import _locked
-with _locked(Path(sys.argv[1])):
-    print("locked", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_run_in_the_same_directory_is_refused_with_the_pid(finished, tmp_path):
-    recipe, _ = finished
-    folder = tmp_path / "run"
-    folder.mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE)
-    try:
-        assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(Locked, match=f"process {holder.pid}") as refused:
-            edgewright.run(recipe, f"output_dir={folder}")
-        assert refused.value.exit_code == 6
-    finally:
-        holder.kill()
-        holder.communicate()
-    time.sleep(0.1)
-    edgewright.run(recipe, f"output_dir={folder}", "stages.base.budget.max_steps=1")  # the lock of the dead is free
-
-
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distilled")
@@ -448,41 +390,6 @@ def test_a_ternary_run_resumes_with_the_same_bits(distilled, tmp_path):
     edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
     assert curve(tmp_path / "run", "student") == curve(run, "student")
     assert weights(tmp_path / "run", "student") == weights(run, "student")
-
-
-def test_fresh_removes_nothing_that_is_not_the_runs(finished, tmp_path):
-    recipe, run = finished
-    mine = tmp_path / "data"
-    mine.mkdir()
-    (mine / "precious.txt").write_text("mine")
-    for fresh in (False, True):
-        with pytest.raises(Unsafe, match="EW-405") as refused:
-            edgewright.run(recipe, f"output_dir={tmp_path}", fresh=fresh)
-        assert refused.value.exit_code == 8
-    assert [path.name for path in tmp_path.rglob("*")] == ["data", "precious.txt"]
-
-
-def test_fresh_keeps_what_the_recipe_reads(finished, tmp_path):
-    recipe, run = finished
-    edgewright.run(recipe, f"output_dir={tmp_path}", "stages.base.budget.max_steps=1")
-    start = f"stages.base.student={{type: checkpoint, model: {tmp_path / 'stages/base/model'}}}"
-    with pytest.raises(Unsafe, match="EW-405"):
-        edgewright.run(recipe, f"output_dir={tmp_path}", start, fresh=True)
-    assert (tmp_path / "stages/base/model/model.safetensors").exists()
-
-
-def test_a_file_where_the_run_should_be(finished, tmp_path):
-    (tmp_path / "run").write_text("a file")
-    with pytest.raises(OutOfResources, match="EW-406"):
-        edgewright.run(finished[0], f"output_dir={tmp_path / 'run'}")
-
-
-def test_a_refused_recipe_leaves_the_provenance_of_the_run(finished):
-    recipe, run = finished
-    before = (run / "recipe.resolved.yaml").read_bytes()
-    with pytest.raises(RecipeError, match="EW-705"):
-        edgewright.run(recipe, f"output_dir={run}", "stages.base.optimizer.weight_decay=0.5")
-    assert (run / "recipe.resolved.yaml").read_bytes() == before
 
 
 def test_a_method_that_changes_nothing_is_an_error(finished, tmp_path):
