@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from edgewright.export.guard import read_json
 from edgewright.files import sha256_file, write_json
 
@@ -65,10 +67,22 @@ class Written:
     fallbacks: list[Fallback]
     lattice: dict[str, str]
     """For each lattice tensor of the source, by checkpoint name: `exact`, or what was lost."""
+    digests: dict[str, str]
+    """For each matrix, by checkpoint name: `digest` of the values that the file must give back."""
     embedding_quant: str
     """The type of token embedding and head."""
     versions: dict[str, str]
     """The packages that wrote it."""
+
+
+def digest(values: np.ndarray) -> str:
+    """sha256 over the shape and the float32 values of a weight; -0.0 counts as 0.0.
+
+    Args:
+        values: float32 `[out, in]` of a matrix, or `[n]`.
+    """
+    plain = np.ascontiguousarray(values, np.float32) + np.float32(0)
+    return hashlib.sha256(repr(plain.shape).encode() + plain.data).hexdigest()
 
 
 def manifest_path(artifact: Path) -> Path:

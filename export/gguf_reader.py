@@ -1,4 +1,4 @@
-"""Read a GGUF file back and compare it with its checkpoint: the gate's view, independent of the code that wrote it.
+"""Read a GGUF file back: the gate's view, independent of the code that wrote it.
 
 Blocks are taken apart by the package `gguf`, names come from its own table, and the order of rows is undone here.
 """
@@ -14,34 +14,18 @@ import numpy as np
 
 from edgewright.export.guard import check_gguf
 from edgewright.export.source import HEAD, Source
-from edgewright.export.to_gguf import expected_values
 
 
-def differences(path: Path, source: Source) -> list[str]:
-    """Where a file is not what the lattice of its checkpoint says, in words; empty when it is, bit for bit.
-
-    Every tensor of the checkpoint must be there, and must dequantize to codes * scale (in float types: to the weight,
-    rounded to that type).
-    """
+def read_weights(path: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    """Checkpoint name and values (float32, in the checkpoint's order of rows) of every tensor that a file holds."""
     check_gguf(path)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    found = []
     for name, target in _names(source):
-        tensor = tensors.get(target)
-        if tensor is None:
-            found.append(f"{name} is not in the file")
-            continue
-        expected = expected_values(source, name, tensor.tensor_type.name.lower())
-        values = _in_checkpoint_order(_values(tensor), name, source.config)
-        if values.shape != expected.shape:
-            found.append(f"{name} has the shape {values.shape}, not {expected.shape}")
-        elif not np.array_equal(values, expected):
-            found.append(f"{name} differs in {np.count_nonzero(values != expected)} of {values.size} values")
-    compared = {name for name, _ in _names(source)}
-    return found + [f"{name} has a lattice but no place in the file" for name in source.lattice if name not in compared]
+        if target in tensors:
+            yield name, _in_checkpoint_order(_values(tensors[target]), name, source.config)
 
 
-def matrix_types(path: Path) -> set[str]:
+def widths(path: Path) -> set[str]:
     """The types in which a file stores its matrices, by ggml's lower-case names."""
     check_gguf(path)
     return {tensor.tensor_type.name.lower() for tensor in gguf.GGUFReader(path).tensors if len(tensor.shape) > 1}

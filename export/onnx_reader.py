@@ -7,18 +7,24 @@ one mistake cannot hide in both directions.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 from edgewright.export.onnx_graph import Graph, attributes, checkpoint_names, embedding_nodes, norm_name
-from edgewright.export.source import EMBEDDING, HEAD
+from edgewright.export.source import EMBEDDING, HEAD, Source
 
 _WIDTHS: dict[object, str] = {2: "ternary", 4: "int4", 8: "int8"}
 
 
-def read_weights(folder: Path) -> dict[str, np.ndarray]:
+def read_weights(path: Path, source: Source) -> Iterable[tuple[str, np.ndarray]]:
+    """Checkpoint name and float32 values of every weight of a folder."""
+    return weights_of(path).items()
+
+
+def weights_of(folder: Path) -> dict[str, np.ndarray]:
     """Linear weights, head, token embedding and norms, as float32, by checkpoint name.
 
     A matrix that joins several linear layers is taken apart again. A head that shares the embedding's bytes is
@@ -50,7 +56,7 @@ def quantizes_activations(folder: Path) -> bool:
     return 4 in levels
 
 
-def matrix_widths(folder: Path) -> set[str]:
+def widths(folder: Path) -> set[str]:
     """In which widths the matrices of a folder are stored, by the names of `to_genai.QUANTS`."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     widths = {_WIDTHS[attributes(node)["bits"]] for node in model.graph.node if node.op_type == "MatMulNBits"}

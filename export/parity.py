@@ -6,14 +6,16 @@ apart? And does its own runtime compute what the checkpoint computes, in prefill
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgewright.export.artifact import SCHEMA_VERSION, read_entry
+import numpy as np
+
+from edgewright.export.artifact import SCHEMA_VERSION, digest, read_entry
 from edgewright.export.compare import Comparison, compare
-from edgewright.export.runtimes.opening import open_session, runtime_of
+from edgewright.export.runtimes.opening import TARGET_OF, open_session, runtime_of
 from edgewright.export.runtimes.session import Session
 from edgewright.export.source import Source, load_source
 
@@ -86,37 +88,49 @@ def verify(
     Returns:
         What was measured, with `gate` "passed" or "failed"; a failed gate is no exception here.
     """
+    from edgewright.export.targets import reader_of
+
     runtime, path = runtime_of(Path(artifact))
-    to = {"llamacpp": "gguf", "genai": "genai", "torch": "hf"}[runtime]
+    to = TARGET_OF[runtime]
     entry = read_entry(path)
-    widths = _described(entry) if entry is not None else WIDTHS_OF[to](path)
-    return judge(path, to, widths, load_source(against), max_kl=max_kl, threads=threads)
+    widths = _described(entry) if entry is not None else reader_of(to).widths(path)
+    said = {} if entry is None else {"kept": entry["lattice"], "digests": entry.get("digests", {})}
+    return judge(path, to, widths, load_source(against), max_kl=max_kl, threads=threads, **said)
 
 
 def judge(
-    path: Path, to: str, widths: set[str], source: Source, *, max_kl: float | None = None, threads: int | None = None
+    path: Path,
+    to: str,
+    widths: set[str],
+    source: Source,
+    *,
+    kept: Mapping[str, str] | None = None,
+    digests: Mapping[str, str] | None = None,
+    max_kl: float | None = None,
+    threads: int | None = None,
 ) -> Parity:
     """The gate itself.
 
     Args:
         path: what was written.
-        to: its target, a key of `DIFFERENCES`.
+        to: its target, a key of `targets.TARGETS`.
         widths: all widths in which its matrices are stored.
         source: the checkpoint.
+        kept, digests: as in `differences`.
         max_kl: limit for the mean KL, in the place of the one for the widths.
         threads: of both runtimes.
     """
-    differences = DIFFERENCES[to](path, source)
+    unequal = differences(path, to, source, kept=kept, digests=digests)
     with open_session(source.directory, threads=threads) as reference, open_session(path, threads=threads) as session:
         measured = compare(reference, session)
         limit = _limit(widths, session) if max_kl is None else max_kl
-    reasons = [*_lattice_reasons(differences), *_reasons(measured, widths, limit, overridden=max_kl is not None)]
+    reasons = [*_lattice_reasons(unequal), *_reasons(measured, widths, limit, overridden=max_kl is not None)]
     return Parity(
         path=path,
         against=source.directory,
         **asdict(measured),
         kl_limit=limit,
-        lattice_identity=not differences,
+        lattice_identity=not unequal,
         gate="failed" if reasons else "passed",
         reasons=reasons,
     )
@@ -128,11 +142,11 @@ def _limit(widths: set[str], session: Session) -> float:
     return max(KL_LIMITS.get(width, KL_LIMITS["int4"]) for width in widths)
 
 
-def _lattice_reasons(differences: list[str]) -> list[str]:
-    if not differences:
+def _lattice_reasons(unequal: list[str]) -> list[str]:
+    if not unequal:
         return []
-    more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-    return [f"the file does not hold the checkpoint's lattice: {'; '.join(differences[:3])}{more}"]
+    more = f" (and {len(unequal) - 3} more)" if len(unequal) > 3 else ""
+    return [f"the file does not hold the checkpoint's lattice: {'; '.join(unequal[:3])}{more}"]
 
 
 def _reasons(measured: Comparison, widths: set[str], limit: float, *, overridden: bool) -> list[str]:
@@ -161,65 +175,65 @@ def _described(entry: dict[str, Any]) -> set[str]:
     return {entry["quant"], entry["embedding_quant"], *stored}
 
 
-# ---------------------------------------------------------------- what is asked of each target
+# ---------------------------------------------------------------- what the file holds
 
 
-def _gguf_differences(path: Path, source: Source) -> list[str]:
-    from edgewright.export.gguf_reader import differences
+def differences(
+    path: Path,
+    to: str,
+    source: Source,
+    *,
+    kept: Mapping[str, str] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Where a file is not what its checkpoint and its manifest say, in words; empty when it is, bit for bit.
 
-    return differences(path, source)
+    Args:
+        path: the file or folder; its target's own reader takes it apart, without the code that wrote it.
+        to: its target.
+        source: the checkpoint.
+        kept: what the manifest says about each lattice (`Written.lattice`); None without a manifest, when a scale may
+            be rounded to fp16.
+        digests: what each matrix must give back (`Written.digests`).
+    """
+    from edgewright.export.targets import reader_of
 
-
-def _genai_differences(path: Path, source: Source) -> list[str]:
-    """Every lattice of the checkpoint, bit for bit; other matrices may have been rounded, norms may not."""
-    import numpy as np
-
-    from edgewright.export.onnx_reader import read_weights
-
-    weights = read_weights(path)
-    found = [f"{name} is not in the file" for name in source.lattice if name not in weights]
-    for name, values in weights.items():
-        lattice = source.lattice.get(name)
-        expected = source.tensor(name) if lattice is None else lattice.dequantize()
-        if (lattice is not None or values.ndim == 1) and not np.array_equal(values, expected):
-            found.append(f"{name} differs in {np.count_nonzero(values != expected)} of {values.size} values")
-    return found
-
-
-def _genai_widths(path: Path) -> set[str]:
-    from edgewright.export.onnx_reader import matrix_widths
-
-    return matrix_widths(path)
-
-
-def _hf_differences(path: Path, source: Source) -> list[str]:
-    """Every tensor of the checkpoint, value for value."""
-    import numpy as np
-
-    other = load_source(path)
-    missing = [f"{name} is not in the model" for name in source.names if name not in other.files]
-    shared = [name for name in source.names if name in other.files]
-    return missing + [
-        f"{name} differs" for name in shared if not np.array_equal(source.tensor(name), other.tensor(name))
-    ]
+    found, seen, digests = [], set(), digests or {}
+    for name, values in reader_of(to).read_weights(path, source):
+        seen.add(name)
+        reason = _difference(name, values, source, kept, digests.get(name))
+        if reason is not None:
+            found.append(f"{name} {reason}")
+    missing = sorted({*source.lattice, *digests} - seen)
+    return found + [f"{name} is not in the file" for name in missing]
 
 
-def _gguf_widths(path: Path) -> set[str]:
-    from edgewright.export.gguf_reader import matrix_types
+def _difference(
+    name: str, values: np.ndarray, source: Source, kept: Mapping[str, str] | None, expected: str | None
+) -> str | None:
+    """What is wrong with one weight, or None."""
+    if values.ndim == 1 and name in source.files:
+        return _unequal(values, _as_wide_as(values, source.tensor(name)))
+    if expected is not None and digest(values) != expected:
+        return "is not what was laid out"
+    if name not in source.lattice or name in source.calibrated:
+        return None
+    right = source.lattice[name]
+    if kept is None and _unequal(values, right.dequantize()):
+        right = right.scales_rounded(np.float16)
+    if kept is None or kept.get(name) == "exact":
+        return _unequal(values, right.dequantize())
+    return None
 
-    return matrix_types(path)
+
+def _as_wide_as(values: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """A norm or bias rounded to half precision, where the file's values are."""
+    half = right.astype(np.float16).astype(np.float32)
+    return half if np.array_equal(values, half) else right
 
 
-DIFFERENCES: dict[str, Callable[[Path, Source], list[str]]] = {
-    "gguf": _gguf_differences,
-    "genai": _genai_differences,
-    "hf": _hf_differences,
-}
-"""Where a file is not what the lattice says, in words."""
-
-WIDTHS_OF: dict[str, Callable[[Path], set[str]]] = {
-    "gguf": _gguf_widths,
-    "genai": _genai_widths,
-    "hf": lambda path: {"fp32"},
-}
-"""The widths in a file that has no manifest; the most generous one where it does not tell."""
+def _unequal(values: np.ndarray, right: np.ndarray) -> str | None:
+    if values.shape != right.shape:
+        return f"has the shape {values.shape}, not {right.shape}"
+    wrong = np.count_nonzero(values != right)
+    return f"differs in {wrong} of {values.size} values" if wrong else None

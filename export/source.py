@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 MAX_TOKENIZER_BYTES = 256 * 2**20
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+EMBEDDINGS = (EMBEDDING, "transformer.wte.weight", "model.decoder.embed_tokens.weight", "gpt_neox.embed_in.weight")
+"""What the families call their token embedding."""
+HEADS = (HEAD, "embed_out.weight")
+TRANSPOSED = {"gpt2": (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")}
+"""By `model_type`, the ends of the names of linear weights that are stored `[in, out]`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,10 @@ class Source:
     """The safetensors file of every tensor."""
     sha256: str
     """Of the weight files, in the order of their names."""
+    calibrated: frozenset[str] = frozenset()
+    """The names in `lattice` that come from calibration, not from the checkpoint: rounded, but with care."""
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Mean square of each input column of a linear layer on calibration text, by weight name: float32 `[in]`."""
 
     @property
     def name(self) -> str:
@@ -55,6 +64,28 @@ class Source:
     def tied(self) -> bool:
         """Whether the output head is the token embedding."""
         return bool(self.config.get("tie_word_embeddings", False))
+
+    @property
+    def embedding(self) -> str:
+        """The name of the token embedding."""
+        return next((name for name in EMBEDDINGS if name in self.files), EMBEDDING)
+
+    @property
+    def head(self) -> str:
+        """The name of the output head's weight; a tied head's is the embedding's."""
+        return self.embedding if self.tied else next((name for name in HEADS if name in self.files), HEAD)
+
+    def matrix(self, name: str) -> np.ndarray:
+        """A linear weight as float32 `[out, in]`, whichever way round the checkpoint stores it; errors as `tensor`.
+
+        Lattices, calibration and readers always speak of this orientation.
+        """
+        value = self.tensor(name)
+        return np.ascontiguousarray(value.T) if self.stores_transposed(name) else value
+
+    def stores_transposed(self, name: str) -> bool:
+        """Whether the checkpoint stores this linear weight `[in, out]`, as GPT-2's `Conv1D` does."""
+        return name.endswith(TRANSPOSED.get(str(self.config.get("model_type")), ()))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgewright.errors import GateFailed, RecipeError
 from edgewright.export.artifact import Artifact, Gate, Written, hash_of, read_entry, size_of, sync, write_entry
 from edgewright.files import disk_errors
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edgewright.export.parity import Parity
     from edgewright.export.source import Source
 
@@ -26,6 +28,8 @@ class Target:
 
     module: str
     """Holds `write(source, path, *, quant, embedding_quant) -> Written`."""
+    reader: str
+    """Holds `read_weights(path, source)` and `widths(path)`, written without the code of the writer."""
     quants: tuple[str, ...]
     """Widths of the linear weights."""
     embedding_quants: tuple[str, ...]
@@ -35,14 +39,23 @@ class Target:
 
 
 TARGETS = {
+    "hf": Target(
+        module="edgewright.export.to_hf",
+        reader="edgewright.export.hf_reader",
+        quants=("fp32", "fp16", "bf16"),
+        embedding_quants=(),
+        suffix=None,
+    ),
     "gguf": Target(
         module="edgewright.export.to_gguf",
+        reader="edgewright.export.gguf_reader",
         quants=("f32", "f16", "q8_0", "q4_0", "tq1_0", "tq2_0"),
         embedding_quants=("f32", "f16", "q8_0", "q4_0"),
         suffix=".gguf",
     ),
     "genai": Target(
         module="edgewright.export.to_genai",
+        reader="edgewright.export.onnx_reader",
         quants=("fp32", "int8", "int4", "ternary"),
         embedding_quants=("fp32", "int8", "int4"),
         suffix=None,
@@ -109,6 +122,22 @@ def export(
     )
 
 
+class Reader(Protocol):
+    """What a target's reader module offers."""
+
+    def read_weights(self, path: Path, source: Source) -> Iterable[tuple[str, np.ndarray]]:
+        """Checkpoint name and float32 values of every weight, matrices as `Source.matrix` gives them."""
+
+    def widths(self, path: Path) -> set[str]:
+        """In which widths the matrices are stored, the most generous where a file does not tell."""
+
+
+def reader_of(to: str) -> Reader:
+    """The reader of a target."""
+    reader: Any = importlib.import_module(TARGETS[to].reader)
+    return cast(Reader, reader)
+
+
 def _target(to: str, quant: str, embedding_quant: str | None) -> Target:
     """The target, after checking all three names."""
     if to not in TARGETS:
@@ -135,7 +164,9 @@ def _gate(
     from edgewright.export.parity import judge
 
     widths = {quant, written.embedding_quant, *(fallback.quant for fallback in written.fallbacks)}
-    parity = judge(staged, to, widths, source, max_kl=max_kl, threads=threads)
+    parity = judge(
+        staged, to, widths, source, kept=written.lattice, digests=written.digests, max_kl=max_kl, threads=threads
+    )
     if parity.gate == "failed":
         raise GateFailed(
             "EW-504",
@@ -164,6 +195,7 @@ def _entry(
         "made_from": {"name": source.name, "sha256": source.sha256},
         "fallbacks": [asdict(fallback) for fallback in written.fallbacks],
         "lattice": written.lattice,
+        "digests": written.digests,
         "gate": "skipped" if parity is None else parity.gate,
         "parity": None if parity is None else parity.measured(),
         "versions": {"edgewright": version("edgewright"), **written.versions},

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from edgewright.errors import BadInput, GateFailed
-from edgewright.export.artifact import Fallback, Written, sync
+from edgewright.export.artifact import Fallback, Written, digest, sync
 from edgewright.export.lattice import LatticeTensor, Levels, ceil_div, round_int, round_q4_0
 from edgewright.export.layout import MatMulNBits
 from edgewright.export.source import EMBEDDING, HEAD, Source
@@ -166,6 +166,7 @@ def pack(built: Path, source: Source, directory: Path, *, quant: str, embedding_
     return Written(
         fallbacks=packing.fallbacks,
         lattice={name: packing.stored.get(name, "not stored") for name in source.lattice},
+        digests=packing.digests,
         embedding_quant=packing.embedding_width,
         versions={name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime-genai")},
     )
@@ -191,6 +192,8 @@ class _Packed:
     """float32 `[rows, blocks]`."""
     layout: MatMulNBits
     columns: int
+    lattices: list[LatticeTensor]
+    """What was packed, part by part."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -205,6 +208,7 @@ class _Packing:
     fallbacks: list[Fallback] = field(default_factory=list)
     stored: dict[str, str] = field(default_factory=dict)
     """For each weight met: `exact`, or what was lost."""
+    digests: dict[str, str] = field(default_factory=dict)
     embedding_width: str = "fp32"
     table: _Packed | None = None
     """The head, when it is packed."""
@@ -294,7 +298,9 @@ class _Packing:
             if not reason:
                 break
             lost = lost or reason
-        for part in parts:
+        for index, part in enumerate(parts):
+            values = part.weight if packed is None else packed.lattices[index].dequantize()
+            self.digests[part.name] = digest(values)
             exact = packed is None or part.lattice is not None
             self.stored[part.name] = "exact" if exact else f"rounded to {width}"
             if lost:
@@ -320,7 +326,8 @@ def _pack_at(parts: list[_Part], width: str) -> tuple[_Packed | None, str]:
         if not reason:
             codes, scales = zip(*map(layout.pack, lattices), strict=True)
             joined = (np.concatenate(codes), np.concatenate(scales))
-            return _Packed(codes=joined[0], scales=joined[1], layout=layout, columns=columns), ""
+            packed = _Packed(codes=joined[0], scales=joined[1], layout=layout, columns=columns, lattices=lattices)
+            return packed, ""
     return None, reason
 
 
@@ -411,10 +418,3 @@ def _copy_tokenizer(built: Path, source: Source, directory: Path) -> None:
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     sync(path)
-
-
-def read_back(folder: Path) -> dict[str, np.ndarray]:
-    """The weights of a written folder as float32, by checkpoint name, read without the code that packed them."""
-    from edgewright.export.onnx_reader import read_weights
-
-    return read_weights(folder)

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from edgewright.errors import BadInput
-from edgewright.export.artifact import Fallback, Written
+from edgewright.export.artifact import Fallback, Written, digest
 from edgewright.export.gguf_vocabulary import read_vocabulary
 from edgewright.export.lattice import LatticeTensor, round_q4_0, round_q8_0, round_ternary
 from edgewright.export.layout import FORMATS
@@ -118,6 +118,7 @@ def write(source: Source, path: Path, *, quant: str, embedding_quant: str | None
     for tensor in placed:
         _announce(writer, tensor.name, tensor.shape, tensor.quant)
     writer.write_header_to_file(path)
+    digests = {}
     try:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -125,11 +126,13 @@ def write(source: Source, path: Path, *, quant: str, embedding_quant: str | None
             writer.write_tensor_data(factors)
         for tensor in placed:
             writer.write_tensor_data(_data(source, tensor))
+            digests[tensor.source] = digest(expected_values(source, tensor.source, tensor.quant))
     finally:
         writer.close()
     return Written(
         fallbacks=fallbacks,
         lattice={tensor.source: _kept(source, tensor) for tensor in placed if tensor.source in source.lattice},
+        digests=digests,
         embedding_quant=embedding_quant,
         versions={"gguf": _version("gguf")},
     )

@@ -13,8 +13,16 @@ SESSIONS = {
     "torch": ("torch_session", "TorchSession", "torch", "pip install edgewright"),
     "llamacpp": ("llamacpp", "LlamaCppSession", "llama_cpp", "pip install 'edgewright[llamacpp]'"),
     "genai": ("genai", "GenaiSession", "onnxruntime_genai", "pip install 'edgewright[genai]'"),
+    "onnx": ("onnx", "OnnxSession", "onnxruntime", "pip install edgewright"),
+    "openvino": ("openvino", "OpenVinoSession", "openvino_genai", "pip install 'edgewright[openvino]'"),
 }
 """For each runtime its module and class, the package it needs, and the line that installs that."""
+
+MARKERS = {"genai_config.json": "genai", "openvino_model.xml": "openvino", "model.onnx": "onnx"}
+"""The file that tells which runtime a folder is for, the most telling first."""
+
+TARGET_OF = {"torch": "hf", "llamacpp": "gguf", "genai": "genai", "onnx": "onnx", "openvino": "openvino"}
+"""The target whose artifacts a runtime opens."""
 
 
 def open_session(path: Path | str, *, threads: int | None = None) -> Session:
@@ -22,7 +30,8 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
 
     Args:
         path: a Hugging Face directory (torch, float32), a .gguf file or a folder with exactly one (llama.cpp), or a
-            folder with genai_config.json (ONNX Runtime GenAI).
+            folder with genai_config.json (ONNX Runtime GenAI), openvino_model.xml (OpenVINO GenAI) or model.onnx
+            (ONNX Runtime).
         threads: of the runtime; by default its own choice.
 
     Raises:
@@ -53,8 +62,9 @@ def runtime_of(path: Path) -> tuple[str, Path]:
         return "llamacpp", path
     if not path.is_dir():
         raise _not_a_model(path, "this file is not a model" if path.exists() else "there is no such model", None)
-    if (path / "genai_config.json").is_file():
-        return "genai", path
+    for marker, runtime in MARKERS.items():
+        if (path / marker).is_file():
+            return runtime, path
     files = sorted(file for file in path.glob("*.gguf") if not file.name.startswith("."))
     if len(files) == 1:
         return "llamacpp", files[0]
@@ -71,7 +81,7 @@ def _not_a_model(path: Path, what: str, found: str | None) -> BadInput:
         "EW-601",
         what,
         where=path.absolute(),
-        expected="a Hugging Face model directory, a .gguf file, or a folder with genai_config.json",
+        expected=f"a Hugging Face model directory, a .gguf file, or a folder with {', '.join(MARKERS)}",
         found=found,
         fix="name the file or the directory itself",
     )

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from edgewright.errors import BadInput
-from edgewright.export.gguf_reader import differences
 from edgewright.export.gguf_vocabulary import read_vocabulary
+from edgewright.export.parity import differences
 from edgewright.export.source import load_source
 from edgewright.export.to_gguf import place, write
 
@@ -82,7 +82,7 @@ def test_ternary_weights_arrive_bit_exact_in_every_type(ternary_model, tmp_path,
     written = write(source, tmp_path / "m.gguf", quant=quant)
     assert written.fallbacks == []
     assert written.lattice == dict.fromkeys(source.lattice, "exact")
-    assert differences(tmp_path / "m.gguf", source) == []
+    assert differences(tmp_path / "m.gguf", "gguf", source, kept=written.lattice, digests=written.digests) == []
 
 
 @pytest.mark.parametrize(("quant", "bits"), [("tq2_0", 2.07), ("tq1_0", 1.69)])
@@ -103,7 +103,7 @@ def test_what_no_block_holds_is_stored_wider_and_counted(awkward_model, tmp_path
     assert set(quants.values()) == {"f16"}
     assert all("no multiple of the block of 256" in fallback.reason for fallback in written.fallbacks)
     assert set(written.lattice.values()) == {"exact"}
-    assert differences(tmp_path / "m.gguf", source) == []
+    assert differences(tmp_path / "m.gguf", "gguf", source, kept=written.lattice, digests=written.digests) == []
 
 
 def test_a_group_that_ternary_blocks_cannot_hold_stays_exact_in_a_wider_type(ternary_model, tmp_path):
@@ -122,7 +122,7 @@ def test_a_group_that_ternary_blocks_cannot_hold_stays_exact_in_a_wider_type(ter
     written = write(source, tmp_path / "m.gguf", quant="tq2_0")
     assert [(fallback.tensor, fallback.quant) for fallback in written.fallbacks] == [(name, "q8_0")]
     assert written.lattice[name] == "exact"
-    assert differences(tmp_path / "m.gguf", source) == []
+    assert differences(tmp_path / "m.gguf", "gguf", source, kept=written.lattice, digests=written.digests) == []
 
 
 def test_scales_that_fp16_lacks_are_rounded_and_named(ternary_model, tmp_path):
@@ -138,7 +138,7 @@ def test_scales_that_fp16_lacks_are_rounded_and_named(ternary_model, tmp_path):
     written = write(source, tmp_path / "m.gguf", quant="tq2_0")
     assert written.lattice.pop(name) == "scales rounded to float16"
     assert set(written.lattice.values()) == {"exact"}
-    assert differences(tmp_path / "m.gguf", source) == []
+    assert differences(tmp_path / "m.gguf", "gguf", source, kept=written.lattice, digests=written.digests) == []
 
 
 def test_weights_too_large_for_the_type_are_refused(tmp_path, ternary_model):
@@ -224,9 +224,10 @@ def test_metadata_is_complete(ternary_model, tmp_path):
 )
 def test_logits_are_those_of_torch(ternary_model, tmp_path, settings):
     model = saved_llama(tmp_path / "model", ternary_model, **settings)
-    write(load_source(model), tmp_path / "m.gguf", quant="f32")
+    source = load_source(model)
+    written = write(source, tmp_path / "m.gguf", quant="f32")
     assert largest_difference(model, tmp_path / "m.gguf") <= 1e-3
-    assert differences(tmp_path / "m.gguf", load_source(model)) == []
+    assert differences(tmp_path / "m.gguf", "gguf", source, digests=written.digests) == []
 
 
 def test_rope_theta_of_older_checkpoints(ternary_model, tmp_path):

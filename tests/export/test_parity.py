@@ -17,8 +17,7 @@ from edgewright.errors import BadInput, GateFailed, RecipeError
 from edgewright.export import to_gguf
 from edgewright.export.artifact import Written, read_entry
 from edgewright.export.compare import Comparison, compare
-from edgewright.export.gguf_reader import differences
-from edgewright.export.parity import judge
+from edgewright.export.parity import differences, judge
 from edgewright.export.runtimes import open_session
 from edgewright.export.source import Source, load_source
 
@@ -138,7 +137,7 @@ def change_a_scale(path: Path) -> None:
 def test_one_wrong_bit_is_found(certified, ternary_model, tmp_path, damage, named):
     broken = tmp_path / "broken.gguf"
     shutil.copy(certified.path, broken)
-    assert differences(broken, load_source(ternary_model)) == []
+    assert differences(broken, "gguf", load_source(ternary_model)) == []
     damage(broken)
     parity = edgewright.verify(broken, against=ternary_model, threads=1)
     assert (parity.gate, parity.lattice_identity) == ("failed", False)
@@ -207,7 +206,7 @@ def test_a_broken_export_is_caught_and_leaves_nothing(stories, tmp_path, monkeyp
 def test_the_runtime_alone_sees_a_missing_permutation(stories, tmp_path, monkeypatch):
     """Logits and weights are two guards: without the second the first still refuses."""
     unpermuted(monkeypatch)
-    monkeypatch.setattr("edgewright.export.parity.DIFFERENCES", {"gguf": lambda path, source: []})
+    monkeypatch.setattr("edgewright.export.parity.differences", lambda *arguments, **settings: [])
     with pytest.raises(GateFailed, match="mean KL"):
         gguf_export(stories, tmp_path, "f32")
 

@@ -16,7 +16,7 @@ from edgewright.errors import BadInput, GateFailed
 from edgewright.export import to_genai
 from edgewright.export.lattice import LatticeTensor, detect_ternary, round_int
 from edgewright.export.onnx_graph import Graph, attributes, checkpoint_names
-from edgewright.export.onnx_reader import dequantize, matrix_widths, quantizes_activations, read_weights
+from edgewright.export.onnx_reader import dequantize, quantizes_activations, weights_of, widths
 from edgewright.export.source import EMBEDDING, HEAD, Source, load_source
 
 FP32_TOLERANCE = 1e-3
@@ -85,7 +85,7 @@ def ternary_folder(ternary: Source, ternary_built: Path, tmp_path_factory: pytes
 
 
 def test_ternary_weights_are_bit_exact(ternary: Source, ternary_folder: Path) -> None:
-    found = read_weights(ternary_folder)
+    found = weights_of(ternary_folder)
     assert len(ternary.lattice) == 14
     assert {tensor.group for tensor in ternary.lattice.values()} == {None, 256}
     assert set(found) == set(ternary.names)
@@ -121,7 +121,7 @@ def test_ternary_takes_two_and_a_quarter_bits(ternary_folder: Path) -> None:
         assert size * 8 / (values["K"] * values["N"]) == 2.25  # type: ignore[operator]
 
 
-def test_a_changed_byte_is_seen_when_read_back(ternary: Source, ternary_folder: Path, tmp_path: Path) -> None:
+def test_a_changed_byte_is_seen_when_weights_of(ternary: Source, ternary_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(ternary_folder, broken)
     model = onnx.load(broken / "model.onnx", load_external_data=False)
@@ -131,7 +131,7 @@ def test_a_changed_byte_is_seen_when_read_back(ternary: Source, ternary_folder: 
     data[offset] ^= 0b10
     (broken / "model.onnx.data").write_bytes(data)
     name = "model.layers.0.mlp.down_proj.weight"
-    assert not np.array_equal(read_weights(broken)[name], ternary.lattice[name].dequantize())
+    assert not np.array_equal(weights_of(broken)[name], ternary.lattice[name].dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -157,7 +157,7 @@ def test_fp32_is_the_model(name: str, request: pytest.FixtureRequest, tmp_path: 
     tokens = tokens_of(source)
     difference = np.abs(folder_logits(tmp_path / "out", tokens) - reference_logits(source.directory, tokens)).max()
     assert difference <= FP32_TOLERANCE
-    for tensor, value in to_genai.read_back(tmp_path / "out").items():
+    for tensor, value in weights_of(tmp_path / "out").items():
         np.testing.assert_array_equal(value, source.tensor(tensor), err_msg=tensor)
 
 
@@ -175,7 +175,7 @@ def test_ternary_weights_stay_exact_in_wider_widths(
     """Rounding {-s, 0, s} to 4 or 8 bits by the largest value would not give s back."""
     written = to_genai.pack(ternary_built, ternary, tmp_path / "out", quant=quant)
     assert written.fallbacks == [] and set(written.lattice.values()) == {"exact"}
-    found = read_weights(tmp_path / "out")
+    found = weights_of(tmp_path / "out")
     for name, tensor in ternary.lattice.items():
         np.testing.assert_array_equal(found[name], tensor.dequantize(), err_msg=name)
     assert {values["bits"] for values in packed_nodes(tmp_path / "out")} == {int(quant[3:]), 8}
@@ -187,7 +187,7 @@ def test_awkward_shapes_in_all_widths(
 ) -> None:
     """Rows of 72 and 100 weights end in the middle of a block, heads of 24 are rotated outside of the attention."""
     written = to_genai.pack(awkward_built, awkward, tmp_path / "out", quant=quant)
-    found = read_weights(tmp_path / "out")
+    found = weights_of(tmp_path / "out")
     assert set(found) == set(awkward.names)
     for name, tensor in awkward.lattice.items():
         np.testing.assert_array_equal(found[name], tensor.dequantize(), err_msg=name)
@@ -195,7 +195,7 @@ def test_awkward_shapes_in_all_widths(
     reference = reference_logits(awkward.directory, tokens)
     assert divergence(reference, folder_logits(tmp_path / "out", tokens)) <= limit
     assert (quant == "ternary") == bool(written.fallbacks)
-    assert matrix_widths(tmp_path / "out") == {quant, *(f.quant for f in written.fallbacks), written.embedding_quant}
+    assert widths(tmp_path / "out") == {quant, *(f.quant for f in written.fallbacks), written.embedding_quant}
 
 
 def test_what_is_not_ternary_is_counted(awkward: Source, awkward_built: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_tied_embedding_shares_the_bytes_of_the_head(
     reshape = next(node for node in graph.nodes("Reshape") if "embed" in node.name)
     head = next(node for node in graph.nodes("MatMulNBits") if node.output[0] == "logits")
     assert reshape.input[0] == head.input[1]
-    error = np.abs(read_weights(folder)[EMBEDDING] - table).max() / np.abs(table).max()
+    error = np.abs(weights_of(folder)[EMBEDDING] - table).max() / np.abs(table).max()
     assert 0 < error <= 1 / (1 << (bits - 1))
     tokens = tokens_of(ternary)
     assert divergence(reference_logits(ternary.directory, tokens), folder_logits(folder, tokens)) <= 0.05
@@ -238,7 +238,7 @@ def test_a_tied_embedding_shares_the_bytes_of_the_head(
 
 def test_an_untied_embedding_is_packed_apart(awkward: Source, awkward_built: Path, tmp_path: Path) -> None:
     to_genai.pack(awkward_built, awkward, tmp_path / "out", quant="fp32", embedding_quant="int8")
-    found = read_weights(tmp_path / "out")
+    found = weights_of(tmp_path / "out")
     for name in (EMBEDDING, HEAD):
         weight = awkward.tensor(name)
         expected = round_int(weight, bits=8, group=32 if weight.shape[1] == 72 else 128).dequantize()
@@ -361,7 +361,7 @@ def test_a_lattice_that_no_block_holds_falls_back(ternary: Source, ternary_built
     written = to_genai.pack(ternary_built, source, tmp_path / "out", quant="ternary")
     assert [(fallback.tensor, fallback.quant) for fallback in written.fallbacks] == [(name, "fp32")]
     assert "straddles" in written.fallbacks[0].reason
-    np.testing.assert_array_equal(read_weights(tmp_path / "out")[name], tensor.dequantize())
+    np.testing.assert_array_equal(weights_of(tmp_path / "out")[name], tensor.dequantize())
 
 
 def test_the_builders_refusal_is_told(ternary_model: Path, tmp_path: Path) -> None:
