@@ -15,33 +15,9 @@ import numpy as np
 
 from edgewright.export.artifact import SCHEMA_VERSION, digest, read_entry
 from edgewright.export.compare import Comparison, compare
+from edgewright.export.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, kl_limit
 from edgewright.export.runtimes.opening import TARGET_OF, open_session, runtime_of
-from edgewright.export.runtimes.session import Session
 from edgewright.export.source import Source, load_source
-
-LOSSLESS = frozenset({"f32", "fp32"})
-TERNARY = frozenset({"tq1_0", "tq2_0", "ternary"})
-
-KL_LIMITS = {
-    "f32": 1e-5,
-    "fp32": 1e-5,
-    "f16": 1e-3,
-    "tq1_0": 5e-3,
-    "tq2_0": 5e-3,
-    "ternary": 5e-3,
-    "q8_0": 1e-2,
-    "int8": 1e-2,
-    "q4_0": 0.3,
-    "int4": 0.3,
-}
-"""Mean KL in nats per token that each width may cost. Ternary weights are exact; what remains are activations, which
-most runtimes quantize to 8 bits. A file of several widths may cost what its widest loss may."""
-
-EXACT_KL_LIMIT = 1e-3
-"""For ternary weights in a runtime that computes in float32."""
-
-MAX_ABS_DIFF = 1e-3
-"""Largest difference of two logits in a lossless file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +99,7 @@ def judge(
     unequal = differences(path, to, source, kept=kept, digests=digests)
     with open_session(source.directory, threads=threads) as reference, open_session(path, threads=threads) as session:
         measured = compare(reference, session)
-        limit = _limit(widths, session) if max_kl is None else max_kl
+        limit = kl_limit(widths, fp32_compute=session.capabilities.fp32_compute) if max_kl is None else max_kl
     reasons = [*_lattice_reasons(unequal), *_reasons(measured, widths, limit, overridden=max_kl is not None)]
     return Parity(
         path=path,
@@ -134,12 +110,6 @@ def judge(
         gate="failed" if reasons else "passed",
         reasons=reasons,
     )
-
-
-def _limit(widths: set[str], session: Session) -> float:
-    if widths & TERNARY and widths <= TERNARY | LOSSLESS and session.capabilities.fp32_compute:
-        return EXACT_KL_LIMIT
-    return max(KL_LIMITS.get(width, KL_LIMITS["int4"]) for width in widths)
 
 
 def _lattice_reasons(unequal: list[str]) -> list[str]:
