@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from families import save_byte_tokenizer
 
 STORIES = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "stories260K"
 
@@ -17,27 +18,6 @@ def stories() -> Path:
     if not STORIES.is_dir():
         pytest.skip("the trained model stories260K is not beside the repository")
     return STORIES.resolve()
-
-
-def save_byte_tokenizer(directory: Path, *, bos: bool) -> int:
-    """A byte-level BPE tokenizer of some 290 tokens; gives its size back."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<|end|>", "<|begin|>"] if bos else ["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["def add(a, b):\n    return a + b\n" * 20, "the quick brown fox " * 20], trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    settings |= {"bos_token": "<|begin|>"} if bos else {}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return tokenizer.get_vocab_size()
 
 
 def make_ternary(weight: np.ndarray, group: int | None, *, per_tensor: bool = False) -> np.ndarray:
@@ -141,3 +121,18 @@ def awkward_built(awkward_model: Path, tmp_path_factory: pytest.TempPathFactory)
 def stories_built(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The builder's fp32 folder of `stories`."""
     return _built(stories, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model(family)` saves the tiny model of a family (a key of `FAMILIES`) once; a test must not change it."""
+    from families import save_family
+
+    made: dict[str, Path] = {}
+
+    def model(family: str) -> Path:
+        if family not in made:
+            made[family] = save_family(family, tmp_path_factory.mktemp("families") / family)
+        return made[family]
+
+    return model
