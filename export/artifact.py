@@ -45,6 +45,8 @@ class Artifact:
     gate: Gate = "skipped"
     parity: dict[str, Any] | None = None
     """What the gate measured; None when it was skipped."""
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    """What `--to best` tried, this artifact among them; empty for any other target."""
 
     def to_json(self) -> dict[str, object]:
         """The object that `export --json` prints."""
@@ -57,6 +59,7 @@ class Artifact:
             "fallbacks": [asdict(fallback) for fallback in self.fallbacks],
             "gate": self.gate,
             "parity": self.parity,
+            "candidates": self.candidates,
         }
 
 

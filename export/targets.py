@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgewright.errors import GateFailed, RecipeError
-from edgewright.export.artifact import Artifact, Gate, Written, hash_of, read_entry, size_of, sync, write_entry
+from edgewright.export.artifact import Artifact, Written, hash_of, read_entry, size_of, sync, write_entry
 from edgewright.files import disk_errors
 
 if TYPE_CHECKING:
@@ -63,63 +63,140 @@ TARGETS = {
 }
 """The targets by name."""
 
+BEST = "best"
+"""In the place of a target: the fastest certified file for this machine."""
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""
+
 
 def export(
     model: Path | str,
     *,
     to: str,
-    quant: str,
     out: Path | str,
+    quant: str | None = None,
     embedding_quant: str | None = None,
     verify: bool = True,
     max_kl: float | None = None,
+    budget_mb: float | None = None,
     threads: int | None = None,
+    say: Callable[[str], None] = _quiet,
 ) -> Artifact:
     """Write a checkpoint for a runtime, certified there. All or nothing: a file that fails never has its final name.
 
     Args:
-        model: a local Hugging Face directory of the Llama family.
-        to: a key of `TARGETS`.
-        quant: the width, one of the target's.
-        out: gguf: a directory, which gets `<model>-<quant>.gguf`, or the file itself; genai: the folder.
+        model: a local Hugging Face directory of a causal language model.
+        to: a key of `TARGETS`; or "best", which tries all of them and keeps the fastest certified file for this
+            machine (`best.py`).
+        out: gguf: a directory, which gets `<model>-<quant>.gguf`, or the file itself; the others: the folder.
+        quant: the width, one of the target's; "best" chooses it.
         embedding_quant: the width of token embedding and head; None takes the target's default.
         verify: whether to run the gate; without it the manifest says "skipped".
         max_kl: the gate's limit for the mean KL, in the place of the one for the width.
+        budget_mb: the most that the artifact may weigh, in 10**6 bytes.
         threads: of the runtimes in the gate.
+        say: gets a line about progress now and then.
 
     Raises:
         RecipeError: EW-501 to EW-503, no such target or width; EW-509, `out` is something else already.
         BadInput: the model directory, or what the target cannot hold.
-        GateFailed: EW-504, the file is not the model; nothing was left behind.
+        GateFailed: EW-504, the file is not the model; EW-510, it is over the budget; EW-511, "best" found nothing.
+            Nothing was left behind.
         OutOfResources: EW-401, the disk is full.
     """
-    target = _target(to, quant, embedding_quant)
     from edgewright.export.source import load_source
 
+    if to == BEST:
+        from edgewright.export.best import best
+
+        _refuse_choices(quant, embedding_quant, verify)
+        return best(load_source(model), out=Path(out), budget_mb=budget_mb, max_kl=max_kl, threads=threads, say=say)
+    target = _target(to, quant, embedding_quant)
+    assert quant is not None
     source = load_source(model)
-    final = _final_path(Path(out), target, source, quant)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(final), _staged(final) as staged:
-        written: Written = importlib.import_module(target.module).write(
-            source, staged, quant=quant, embedding_quant=embedding_quant
+    final = final_path(Path(out), target, source, quant)
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with staged(final) as place:
+            made = make(source, place, to=to, quant=quant, embedding_quant=embedding_quant, verify=verify,
+                        max_kl=max_kl, threads=threads)  # fmt: skip
+            _check_budget(made.entry, budget_mb)
+            install(made, final)
+    return made.artifact(final)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """An artifact that is complete and proven, but not yet where it belongs."""
+
+    place: Path
+    written: Written
+    entry: dict[str, Any]
+    """What the manifest will say."""
+
+    def artifact(self, path: Path) -> Artifact:
+        """What `export` returns, once the files are at `path`."""
+        entry = self.entry
+        return Artifact(
+            path=path,
+            to=entry["to"],
+            quant=entry["quant"],
+            bytes=entry["bytes"],
+            fallbacks=self.written.fallbacks,
+            gate=entry["gate"],
+            parity=entry["parity"],
+            candidates=entry.get("candidates", []),
         )
-        parity = _gate(staged, to, quant, written, source, max_kl, threads) if verify else None
-        gate: Gate = "skipped" if parity is None else "passed"
-        entry = _entry(staged, to, quant, written, source, parity)
-        if target.suffix is None:
-            write_entry(staged, entry)
-        _swap(staged, final)
-        if target.suffix is not None:
-            write_entry(final, entry)
-    return Artifact(
-        path=final,
-        to=to,
-        quant=quant,
-        bytes=entry["bytes"],
-        fallbacks=written.fallbacks,
-        gate=gate,
-        parity=entry["parity"],
-    )
+
+
+def make(
+    source: Source,
+    place: Path,
+    *,
+    to: str,
+    quant: str,
+    embedding_quant: str | None,
+    verify: bool,
+    max_kl: float | None,
+    threads: int | None,
+) -> Made:
+    """Write an artifact to a temporary place, and prove it there. Arguments and errors as in `export`."""
+    writer = importlib.import_module(TARGETS[to].module)
+    written: Written = writer.write(source, place, quant=quant, embedding_quant=embedding_quant)
+    parity = _gate(place, to, quant, written, source, max_kl, threads) if verify else None
+    return Made(place=place, written=written, entry=_entry(place, to, quant, written, source, parity))
+
+
+def install(made: Made, final: Path) -> None:
+    """Give an artifact its final name, and its entry in the manifest."""
+    if made.place.is_dir():
+        write_entry(made.place, made.entry)
+    _swap(made.place, final)
+    if final.is_file():
+        write_entry(final, made.entry)
+
+
+def _refuse_choices(quant: str | None, embedding_quant: str | None, verify: bool) -> None:
+    """`best` chooses widths itself, and only among proven files."""
+    given = {"--quant": quant, "--embedding-quant": embedding_quant, "--no-verify": None if verify else True}
+    for option, value in given.items():
+        if value is not None:
+            raise RecipeError(
+                "EW-512", f"{option} and --to best contradict each other", found=value, fix=f"leave out {option}"
+            )
+
+
+def _check_budget(entry: dict[str, Any], budget_mb: float | None) -> None:
+    if budget_mb is not None and entry["bytes"] > budget_mb * 1e6:
+        raise GateFailed(
+            "EW-510",
+            "the artifact is over the budget, and was not kept",
+            expected=f"at most {budget_mb:g} MB",
+            found=f"{entry['bytes'] / 1e6:.1f} MB",
+            fix="choose narrower widths (also --embedding-quant), or let --to best look for one",
+        )
 
 
 class Reader(Protocol):
@@ -138,10 +215,10 @@ def reader_of(to: str) -> Reader:
     return cast(Reader, reader)
 
 
-def _target(to: str, quant: str, embedding_quant: str | None) -> Target:
+def _target(to: str, quant: str | None, embedding_quant: str | None) -> Target:
     """The target, after checking all three names."""
     if to not in TARGETS:
-        raise _unknown("EW-501", "target", to, TARGETS)
+        raise _unknown("EW-501", "target", to, (*TARGETS, BEST))
     target = TARGETS[to]
     if quant not in target.quants:
         raise _unknown("EW-502", f"width of {to}", quant, target.quants)
@@ -158,14 +235,14 @@ def _unknown(code: str, what: str, found: str, legal: Any) -> RecipeError:
 
 
 def _gate(
-    staged: Path, to: str, quant: str, written: Written, source: Source, max_kl: float | None, threads: int | None
+    place: Path, to: str, quant: str, written: Written, source: Source, max_kl: float | None, threads: int | None
 ) -> Parity:
     """Raises GateFailed (EW-504) with every reason."""
     from edgewright.export.parity import judge
 
     widths = {quant, written.embedding_quant, *(fallback.quant for fallback in written.fallbacks)}
     parity = judge(
-        staged, to, widths, source, kept=written.lattice, digests=written.digests, max_kl=max_kl, threads=threads
+        place, to, widths, source, kept=written.lattice, digests=written.digests, max_kl=max_kl, threads=threads
     )
     if parity.gate == "failed":
         raise GateFailed(
@@ -180,9 +257,7 @@ def _gate(
     return parity
 
 
-def _entry(
-    staged: Path, to: str, quant: str, written: Written, source: Source, parity: Parity | None
-) -> dict[str, Any]:
+def _entry(place: Path, to: str, quant: str, written: Written, source: Source, parity: Parity | None) -> dict[str, Any]:
     """What the manifest says about an artifact."""
     from importlib.metadata import version
 
@@ -190,8 +265,8 @@ def _entry(
         "to": to,
         "quant": quant,
         "embedding_quant": written.embedding_quant,
-        "bytes": size_of(staged),
-        "sha256": hash_of(staged),
+        "bytes": size_of(place),
+        "sha256": hash_of(place),
         "made_from": {"name": source.name, "sha256": source.sha256},
         "fallbacks": [asdict(fallback) for fallback in written.fallbacks],
         "lattice": written.lattice,
@@ -205,7 +280,7 @@ def _entry(
 # ---------------------------------------------------------------- names and renames
 
 
-def _final_path(out: Path, target: Target, source: Source, quant: str) -> Path:
+def final_path(out: Path, target: Target, source: Source, quant: str) -> Path:
     """Where the artifact will be.
 
     Raises:
@@ -231,18 +306,18 @@ def _occupied(out: Path, expected: str) -> RecipeError:
 
 
 @contextmanager
-def _staged(final: Path) -> Iterator[Path]:
+def staged(final: Path) -> Iterator[Path]:
     """A temporary name beside the final one; what is left of it vanishes at the end, and so does that of dead runs."""
     for stale in final.parent.glob(f".{final.stem}.*.staged{final.suffix}"):
         owner = stale.name.removeprefix(f".{final.stem}.").split(".")[0]
         if owner.isdigit() and not _alive(int(owner)):
             _remove(stale)
-    staged = final.with_name(f".{final.stem}.{os.getpid()}.staged{final.suffix}")
-    _remove(staged)
+    place = final.with_name(f".{final.stem}.{os.getpid()}.staged{final.suffix}")
+    _remove(place)
     try:
-        yield staged
+        yield place
     finally:
-        _remove(staged)
+        _remove(place)
 
 
 def _alive(process: int) -> bool:
@@ -262,16 +337,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _swap(staged: Path, final: Path) -> None:
+def _swap(place: Path, final: Path) -> None:
     """Make the staged artifact the final one. A folder that was there is put aside first and removed after."""
-    if staged.is_file():
-        sync(staged)
-        os.replace(staged, final)
+    if place.is_file():
+        sync(place)
+        os.replace(place, final)
         sync(final.parent)
         return
     aside = final.with_name(f".{final.name}.{os.getpid()}.old")
     if final.exists():
         os.replace(final, aside)
-    os.replace(staged, final)
+    os.replace(place, final)
     sync(final.parent)
     _remove(aside)

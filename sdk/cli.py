@@ -247,14 +247,15 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Local model directory (Llama family).")],
-    to: Annotated[str, typer.Option(help="Target: gguf or genai.")],
+    model: Annotated[Path, typer.Argument(help="Local directory of a causal language model.")],
+    to: Annotated[str, typer.Option(help="Target: gguf, genai, onnx, openvino, hf; or best, the fastest here.")],
+    out: Annotated[Path, typer.Option(help="Folder for the file (gguf), or the folder itself (the others).")],
     quant: Annotated[
-        str, typer.Option(help="Width, by the target's name: tq2_0, q8_0, f16, ... or ternary, int4, ...")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the file (gguf), or the folder itself (genai).")],
+        str | None, typer.Option(help="Width, by the target's name: tq2_0, q8_0, f16, ... or ternary, int4, ...")
+    ] = None,
     embedding_quant: Annotated[str | None, typer.Option(help="Width of token embedding and output head.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit of the gate, nats per token.")] = None,
+    budget_mb: Annotated[float | None, typer.Option(help="The most that the artifact may weigh, in MB.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the gate; the manifest says so.")] = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -274,7 +275,9 @@ def export(
             embedding_quant=embedding_quant,
             verify=not no_verify,
             max_kl=max_kl,
+            budget_mb=budget_mb,
             threads=threads,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     _show("export", result, as_json)
 

@@ -88,7 +88,32 @@ def _export(result: dict[str, Any]) -> str:
     lines += [f"{item['tensor']} is stored as {item['quant']}: {item['reason']}" for item in result["fallbacks"]]
     if result["fallbacks"]:
         lines.append(f"{len(result['fallbacks'])} tensors are stored wider than asked")
+    if result["candidates"]:
+        lines += ["", _candidates(result["candidates"])]
     return "\n".join(lines)
+
+
+def _candidates(candidates: list[dict[str, Any]]) -> str:
+    """What `--to best` tried: the measured ones as a table, the others with their reasons."""
+    measured = [each for each in candidates if each["tokens_per_s"] is not None]
+    columns = ("target, width, embedding", "tokens/s", "first token", "size", "peak memory", "KL")
+    rows = [
+        (
+            f"{each['to']} {each['quant']} {each['embedding_quant']}",
+            say.rate(each["tokens_per_s"], each["tokens_per_s_sd"]),
+            say.milliseconds(each["ttft_ms"]),
+            say.size(each["bytes"]),
+            say.size(each["peak_memory"]),
+            say.small(each["kl"]),
+        )
+        for each in measured
+    ]
+    others = [
+        f"{each['to']} {each['quant']} {each['embedding_quant']}  {each['status']}: {each['reason']}"
+        for each in candidates
+        if each["tokens_per_s"] is None
+    ]
+    return "\n".join([table(columns, rows), "", *others])
 
 
 def _parity_line(parity: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgewright.errors import BadInput
+from edgewright.export.runtimes.opening import MARKERS, TARGET_OF
 
 LATTICE_SIDECAR = "lattice.safetensors"
 WIDTH_OF_DTYPE = {"F64": "fp64", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -48,8 +49,10 @@ def describe_model(path: str | Path) -> ModelFile:
     described = _from_manifest(path, path) if path.is_dir() else None
     if described is not None:
         return described
-    if (path / "genai_config.json").is_file():
-        return _plain(path, "genai", sum(each.stat().st_size for each in path.rglob("*") if each.is_file()))
+    runtime = next((runtime for marker, runtime in MARKERS.items() if (path / marker).is_file()), None)
+    if runtime is not None:
+        size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+        return _plain(path, TARGET_OF[runtime], size)
     weights = sorted(each for each in path.glob("*.safetensors") if each.name != LATTICE_SIDECAR)
     if (path / "config.json").is_file() and weights:
         size = sum(each.stat().st_size for each in weights)
@@ -59,7 +62,7 @@ def describe_model(path: str | Path) -> ModelFile:
         "EW-390",
         "this is no model that can be opened",
         where=path,
-        expected="a .gguf file, a folder with genai_config.json, or a Hugging Face directory with safetensors",
+        expected=f"a .gguf file, a folder with {', '.join(MARKERS)}, or a Hugging Face directory with safetensors",
         found=f"several GGUF files: {several}" if several else None,
         fix="name one of them" if several else None,
     )

@@ -1,0 +1,221 @@
+"""`--to best`: the fastest certified file for this machine.
+
+Every combination of target and widths that this machine can run, that fits the budget and that the checkpoint allows is
+written and put through the gate. The survivors are measured in turns (`bench.py`), the fastest at decoding stays, and
+the table of the rest goes into its manifest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgewright.errors import EdgewrightError, GateFailed
+from edgewright.export.artifact import Artifact
+from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
+from edgewright.export.source import Source
+from edgewright.export.targets import TARGETS, Made, Target, final_path, install, make
+from edgewright.files import disk_errors
+
+BITS = {
+    "fp32": 32, "f32": 32, "fp16": 16, "f16": 16, "bf16": 16, "q8_0": 8.5, "int8": 8.25, "q6_k": 6.5625, "q5_k": 5.5,
+    "q5_0": 5.5, "q4_1": 5, "q4_k": 4.5, "q4_0": 4.5, "int4": 4.5, "q3_k": 3.4375, "q2_k": 2.625, "q2_0": 2.25,
+    "ternary": 2.25, "tq2_0": 2.0625, "tq1_0": 1.6875,
+}  # fmt: skip
+"""Bits a weight takes, scales included: to leave out what cannot fit the budget before it is written."""
+
+TERNARY = frozenset({"ternary", "tq2_0", "tq1_0", "q2_0"})
+"""Widths for weights that were trained ternary."""
+
+SURELY = 0.9
+"""A file is left out unseen when this share of its estimated size is over the budget."""
+
+HEAT = 4
+"""Files that are open at the same time while they are measured; the winner of a heat goes on to the next."""
+
+PROMPT, GENERATE, REPEATS = 64, 64, 5
+
+Status = Literal["won", "measured", "refused", "left out"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Candidate:
+    """One combination, and what became of it."""
+
+    to: str
+    quant: str
+    embedding_quant: str
+    status: Status = "left out"
+    reason: str = ""
+    """Why it was refused or left out."""
+    bytes: int | None = None
+    kl: float | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_sd: float | None = None
+    prompt_tokens_per_s: float | None = None
+    ttft_ms: float | None = None
+    peak_memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.to} {self.quant} + {self.embedding_quant}"
+
+
+def best(
+    source: Source,
+    *,
+    out: Path,
+    budget_mb: float | None = None,
+    max_kl: float | None = None,
+    threads: int | None = None,
+    say: Callable[[str], None],
+) -> Artifact:
+    """Try all combinations and keep the one that decodes fastest here.
+
+    Args:
+        source: the checkpoint.
+        out: as for the target that wins: a folder, or where the file goes.
+        budget_mb: the most that the artifact may weigh, in 10**6 bytes.
+        max_kl: the gate's limit for the mean KL; by default each width's own.
+        threads: of the runtimes, in the gate and while they are measured.
+        say: gets a line per combination.
+
+    Raises:
+        RecipeError: EW-509, `out` is something else already.
+        GateFailed: EW-511, no combination passes.
+    """
+    budget = math.inf if budget_mb is None else budget_mb * 1e6
+    out.parent.mkdir(parents=True, exist_ok=True)
+    candidates = list(combinations(source))
+    with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as scratch:
+        made: dict[int, Made] = {}
+        for index, candidate in enumerate(candidates):
+            candidate.reason = _unfit(candidate, source, budget)
+            if not candidate.reason:
+                place = Path(scratch) / f"{index}{TARGETS[candidate.to].suffix or ''}"
+                found = _try(candidate, source, place, budget, max_kl, threads)
+                if found is not None:
+                    made[index] = found
+            say(f"{candidate.name}: {candidate.reason or f'passed, {candidate.bytes or 0:,} bytes'}")
+        if not made:
+            raise _nothing(source, candidates, budget_mb)
+        winner = _fastest(candidates, made, threads, say)
+        chosen, artifact = candidates[winner], made[winner]
+        final = final_path(out, TARGETS[chosen.to], source, chosen.quant)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        artifact.entry["candidates"] = [asdict(candidate) for candidate in _ranked(candidates)]
+        install(artifact, final)
+    return artifact.artifact(final)
+
+
+def combinations(source: Source) -> Iterator[Candidate]:
+    """Every target and pair of widths, those with an embedding narrower than the linear weights left out."""
+    for to, target in TARGETS.items():
+        if to == "hf":
+            continue  # what it is made from, not a file for a device
+        for quant in target.quants:
+            for embedding_quant in _embedding_widths(quant, target):
+                yield Candidate(to=to, quant=quant, embedding_quant=embedding_quant)
+
+
+def _embedding_widths(quant: str, target: Target) -> list[str]:
+    """At least as wide as the linear weights, at most 16 bits unless those are wider (or nothing narrower exists)."""
+    legal = [width for width in target.embedding_quants if BITS[width] >= BITS[quant] - 0.5]
+    return [width for width in legal if BITS[width] <= max(16, BITS[quant])] or legal
+
+
+def _unfit(candidate: Candidate, source: Source, budget: float) -> str:
+    """Why a combination need not be tried, or nothing."""
+    runtime = next(runtime for runtime, to in TARGET_OF.items() if to == candidate.to)
+    if importlib.util.find_spec(SESSIONS[runtime][2]) is None:
+        return f"its runtime is not installed: {SESSIONS[runtime][3]}"
+    if candidate.quant in TERNARY and not any(lattice.levels == "ternary" for lattice in source.lattice.values()):
+        return "the weights were not trained ternary"
+    estimate = estimated_bytes(source, candidate.quant, candidate.embedding_quant)
+    return f"about {estimate / 1e6:.0f} MB, over the budget" if SURELY * estimate > budget else ""
+
+
+def estimated_bytes(source: Source, quant: str, embedding_quant: str) -> float:
+    """Bytes of all tensors at these widths, vectors at 32 bits."""
+    tables = {source.embedding, source.head}
+    total = 0.0
+    for name in source.names:
+        shape = source.shape(name)
+        if len(shape) < 2:
+            bits = 32.0
+        else:
+            bits = BITS[embedding_quant if name in tables else quant]
+        if not (source.tied and name == "lm_head.weight"):
+            total += math.prod(shape) * bits / 8
+    return total
+
+
+def _try(
+    candidate: Candidate, source: Source, place: Path, budget: float, max_kl: float | None, threads: int | None
+) -> Made | None:
+    """Write one combination and put it through the gate; None when it does not stand, with the reason noted."""
+    try:
+        made = make(
+            source, place, to=candidate.to, quant=candidate.quant, embedding_quant=candidate.embedding_quant,
+            verify=True, max_kl=max_kl, threads=threads,
+        )  # fmt: skip
+    except EdgewrightError as error:
+        candidate.status, candidate.reason = "refused", f"{error.code}: {error.what}"
+        return None
+    candidate.bytes = made.entry["bytes"]
+    candidate.kl = made.entry["parity"]["kl"]
+    if made.entry["bytes"] > budget:
+        candidate.status, candidate.reason = "refused", "over the budget"
+        return None
+    candidate.status = "measured"
+    return made
+
+
+def _fastest(
+    candidates: list[Candidate], made: dict[int, Made], threads: int | None, say: Callable[[str], None]
+) -> int:
+    """Measure the survivors in heats; the index of the one that decodes fastest."""
+    from edgewright.bench import bench
+
+    waiting = list(made)
+    champion: int | None = None
+    while waiting:
+        heat = waiting[: HEAT if champion is None else HEAT - 1]
+        del waiting[: len(heat)]
+        heat = heat if champion is None else [champion, *heat]
+        report = bench(
+            *(made[index].place for index in heat), prompt=PROMPT, generate=GENERATE, repeats=REPEATS, threads=threads
+        )
+        for index, row in zip(heat, report.artifacts, strict=True):
+            candidate = candidates[index]
+            candidate.tokens_per_s, candidate.tokens_per_s_sd = row.tokens_per_s, row.tokens_per_s_sd
+            candidate.prompt_tokens_per_s, candidate.ttft_ms = row.prompt_tokens_per_s, row.ttft_ms
+            candidate.peak_memory = row.peak_memory
+            say(f"{candidate.name}: {row.tokens_per_s:,.0f} tokens/s")
+        champion = max(heat, key=lambda index: candidates[index].tokens_per_s or 0)
+    assert champion is not None
+    candidates[champion].status = "won"
+    return champion
+
+
+def _ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """The fastest first, then what was refused, then what was left out."""
+    order = ("won", "measured", "refused", "left out")
+    return sorted(candidates, key=lambda each: (order.index(each.status), -(each.tokens_per_s or 0)))
+
+
+def _nothing(source: Source, candidates: list[Candidate], budget_mb: float | None) -> GateFailed:
+    refused = [f"{each.name}: {each.reason}" for each in _ranked(candidates)]
+    return GateFailed(
+        "EW-511",
+        "no combination of target and widths is certified within the limits",
+        where=source.directory.absolute(),
+        expected="a file that passes the gate" + (f" and has at most {budget_mb:g} MB" if budget_mb else ""),
+        found="; ".join(refused[:4]) + (f"; and {len(refused) - 4} more" if len(refused) > 4 else ""),
+        fix="allow more with --budget-mb or --max-kl, or train with the ternary method",
+    )
