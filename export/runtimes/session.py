@@ -29,6 +29,9 @@ class Capabilities:
     """The cache can be cut back to an earlier length."""
     fp32_compute: bool
     """The runtime neither rounds nor quantizes activations for this file: its logits are those of fp32."""
+    left_padding: bool = False
+    """`batch_logits` runs texts of different lengths together. Only plain ONNX does: GenAI's fused attention takes no
+    positions and computes left-padded rows wrongly, so that a batch is not offered there."""
 
 
 class Session(ABC):
@@ -66,6 +69,14 @@ class Session(ABC):
     @abstractmethod
     def rewind(self, length: int) -> None:
         """Forget all tokens behind the first `length`; 0 empties the cache."""
+
+    def batch_logits(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Run texts as one left-padded batch, apart from the cache; only where `capabilities.left_padding` says so.
+
+        Returns:
+            For each text float32 `[len(text), vocab]`, without the padding's rows.
+        """
+        raise NotImplementedError(f"{self.runtime} computes no left-padded batches")
 
     @abstractmethod
     def native_generate(
