@@ -25,7 +25,8 @@ CONFIG_FILES = (
     "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 """Files whose keys decide what a library does."""
-TOKENIZER_FILES = ("tokenizer.json",)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+"""A tokenizer is in one of these."""
 CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyd", ".so", ".dylib", ".dll"})
 WEIGHT_SUFFIXES = frozenset({
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".safetensors",
@@ -73,9 +74,8 @@ def check_model_directory(directory: Path, *, tokenizer: bool = True) -> None:
     for name in CONFIG_FILES:
         if (directory / name).is_file():
             _check_keys(directory / name, read_json(directory / name, limit=MAX_CONFIG_BYTES))
-    if tokenizer:
-        for name in TOKENIZER_FILES:
-            _require(directory, name, "the tokenizer of the model")
+    if tokenizer and not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        _require(directory, TOKENIZER_FILES[0], "the tokenizer of the model")
     for path in _weights(directory):
         check_safetensors(path)
 

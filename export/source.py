@@ -4,46 +4,55 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgewright.errors import BadInput
+from edgewright.export.architecture import Architecture, read_architecture, read_config
 from edgewright.export.guard import MAX_INDEX_BYTES, check_model_directory, read_json
 from edgewright.export.lattice import SIDECAR, LatticeTensor, detect_ternary, load_sidecar
+from edgewright.export.tokenizer_files import open_tokenizer, read_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    import torch
 
-MAX_TOKENIZER_BYTES = 256 * 2**20
+__all__ = ["EMBEDDING", "HEAD", "Source", "load_source", "open_tokenizer", "special_ids", "weights_sha256"]
+
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-EMBEDDINGS = (EMBEDDING, "transformer.wte.weight", "model.decoder.embed_tokens.weight", "gpt_neox.embed_in.weight")
-"""What the families call their token embedding."""
-HEADS = (HEAD, "embed_out.weight")
-TRANSPOSED = {"gpt2": (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")}
-"""By `model_type`, the ends of the names of linear weights that are stored `[in, out]`."""
+"""What most families call their token embedding and output head; `Source.embedding` and `Source.head` know better."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A checked model directory. Weights are read on demand; the lattice (one byte a weight) is in memory."""
+    """A checked model directory. Weights are read on demand; the lattice (one byte a weight) is in memory.
+
+    All names are those of the state dict of the causal language model, whatever the files call them.
+    """
 
     directory: Path
     config: dict[str, Any]
-    """config.json."""
+    """config.json with every default of its family filled in."""
+    architecture: Architecture
+    """The names, shapes and kinds of the weights."""
     tokenizer: dict[str, Any]
-    """tokenizer.json."""
+    """tokenizer.json, or what it would be."""
     tokenizer_config: dict[str, Any]
     """tokenizer_config.json; empty where there is none."""
     lattice: dict[str, LatticeTensor]
-    """The quantized weights by state-dict name: the sidecar's, or those of linear layers found to be ternary."""
+    """The quantized weights by state-dict name, `[out, in]`: the sidecar's, or those of linear layers found to be
+    on a lattice."""
     files: Mapping[str, Path]
     """The safetensors file of every tensor."""
+    stored: Mapping[str, str]
+    """The name of a tensor in its file, where it differs from the state dict's."""
     sha256: str
     """Of the weight files, in the order of their names."""
+    restored: frozenset[str] = frozenset()
+    """The names whose exact values are the lattice's, because the files round them."""
     calibrated: frozenset[str] = frozenset()
     """The names in `lattice` that come from calibration, not from the checkpoint: rounded, but with care."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -62,18 +71,23 @@ class Source:
 
     @property
     def tied(self) -> bool:
-        """Whether the output head is the token embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        """Whether the output head is the token embedding: the configuration says so, and no other head is there."""
+        return bool(self.config["tie_word_embeddings"]) and self.architecture.head not in self.files
 
     @property
     def embedding(self) -> str:
         """The name of the token embedding."""
-        return next((name for name in EMBEDDINGS if name in self.files), EMBEDDING)
+        return self.architecture.embedding
 
     @property
     def head(self) -> str:
         """The name of the output head's weight; a tied head's is the embedding's."""
-        return self.embedding if self.tied else next((name for name in HEADS if name in self.files), HEAD)
+        return self.embedding if self.tied else self.architecture.head
+
+    @property
+    def linears(self) -> list[str]:
+        """The names of the weights of all linear layers, the head's among them unless it is tied."""
+        return [name for name in self.architecture.linear if name in self.files]
 
     def matrix(self, name: str) -> np.ndarray:
         """A linear weight as float32 `[out, in]`, whichever way round the checkpoint stores it; errors as `tensor`.
@@ -85,14 +99,12 @@ class Source:
 
     def stores_transposed(self, name: str) -> bool:
         """Whether the checkpoint stores this linear weight `[in, out]`, as GPT-2's `Conv1D` does."""
-        return name.endswith(TRANSPOSED.get(str(self.config.get("model_type")), ()))
+        return name in self.architecture.transposed
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        from safetensors import safe_open
-
-        with safe_open(self._file(name), framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        self._file(name)
+        return self.architecture.shapes[name]
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as float32; f32, f16 and bf16 are exact.
@@ -100,7 +112,10 @@ class Source:
         Raises:
             BadInput: EW-322, there is no such tensor or it is of another type; EW-323, it is not finite.
         """
-        value = _read(self._file(name), name)
+        if name in self.restored:
+            exact = self.lattice[name].dequantize()
+            return np.ascontiguousarray(exact.T) if self.stores_transposed(name) else exact
+        value = _read(self._file(name), self.stored.get(name, name)).float().numpy()
         if not np.isfinite(value).all():
             raise BadInput(
                 "EW-323",
@@ -111,6 +126,10 @@ class Source:
                 fix="export an earlier checkpoint of this model",
             )
         return value
+
+    def write_tokenizer(self, directory: Path) -> None:
+        """Put tokenizer.json and what belongs to it into another directory; see `tokenizer_files.write_tokenizer`."""
+        write_tokenizer(self.directory, directory)
 
     def _file(self, name: str) -> Path:
         if name not in self.files:
@@ -129,47 +148,30 @@ def load_source(directory: Path | str) -> Source:
     """Open a model directory for export.
 
     Raises:
-        Unsafe, BadInput: what `check_model_directory` refuses; EW-320 to EW-323 for lattice and tensors; EW-325
-            for the tokenizer.
+        Unsafe, BadInput: what `check_model_directory` refuses; EW-320 to EW-324 and EW-329 for lattice and tensors;
+            EW-325 and EW-328 for the tokenizer; EW-327 for the configuration.
     """
     directory = Path(directory)
     check_model_directory(directory)
+    architecture = read_architecture(directory)
     open_tokenizer(directory)
-    files = _tensor_files(directory)
+    files, stored = tensor_files(directory, architecture)
     optional = directory / "tokenizer_config.json"
-    return Source(
+    plain = Source(
         directory=directory,
-        config=read_json(directory / "config.json"),
-        tokenizer=read_json(directory / "tokenizer.json", limit=MAX_TOKENIZER_BYTES),
+        config=read_config(directory),
+        architecture=architecture,
+        tokenizer=read_tokenizer(directory),
         tokenizer_config=read_json(optional) if optional.exists() else {},
-        lattice=_checked_sidecar(directory, files) if (directory / SIDECAR).exists() else _detected(files),
+        lattice={},
         files=files,
+        stored=stored,
         sha256=weights_sha256(directory),
     )
-
-
-def open_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checked model directory; special tokens in a text are plain text to it.
-
-    Raises:
-        BadInput: EW-325, tokenizer.json is not what the library `tokenizers` reads.
-    """
-    from tokenizers import Tokenizer
-
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise BadInput(
-            "EW-325",
-            "the tokenizer of this model cannot be read",
-            where=path.absolute(),
-            expected="a tokenizer.json of the library tokenizers",
-            found=str(error)[:200],
-            fix="save the tokenizer again with save_pretrained",
-        ) from error
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    if (directory / SIDECAR).exists():
+        lattice, restored = _checked_sidecar(plain)
+        return replace(plain, lattice=lattice, restored=restored)
+    return replace(plain, lattice=_detected(plain))
 
 
 def weights_sha256(directory: Path) -> str:
@@ -198,30 +200,91 @@ def special_ids(
     return [tokens.index(text)] if text in tokens else []
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """The file of every tensor, by the index where there is one."""
+def tensor_files(directory: Path, architecture: Architecture) -> tuple[dict[str, Path], dict[str, str]]:
+    """The file of every weight of the architecture, and its name there where that differs.
+
+    Raises:
+        BadInput: EW-324, weights are missing or of another shape; EW-329, there are tensors that it does not know.
+    """
     from safetensors import safe_open
 
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        shards = read_json(index, limit=MAX_INDEX_BYTES)["weight_map"]
-        assert isinstance(shards, dict)  # checked by the guard
-        paths = {directory / shard for shard in shards.values()}
-    else:
-        paths = {path for path in directory.glob("*.safetensors") if path.name != SIDECAR}
     files: dict[str, Path] = {}
-    for path in sorted(paths):
+    stored: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    unknown = []
+    for path in _weight_paths(directory):
         with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    return files
+            for key in sorted(file.keys()):
+                name = architecture.state_name(key)
+                if name is None:
+                    unknown += [] if architecture.ignores(key) else [key]
+                    continue
+                files[name] = path
+                shapes[name] = tuple(file.get_slice(key).get_shape())
+                if name != key:
+                    stored[name] = key
+    if unknown:
+        raise BadInput(
+            "EW-329",
+            "the files hold tensors that the architecture does not know",
+            where=directory.absolute(),
+            expected=f"the weights of {architecture.model_type} as config.json describes it",
+            found=f"{len(unknown)} others, the first {unknown[0]!r}",
+            fix="correct config.json; adapters must be merged, and other heads removed, before the model is exported",
+        )
+    _untie(architecture, files, stored, shapes)
+    _check_complete(directory, architecture, shapes)
+    return files, stored
 
 
-def _read(path: Path, name: str) -> np.ndarray:
-    """Through torch, since numpy has no bfloat16."""
+def _untie(
+    architecture: Architecture, files: dict[str, Path], stored: dict[str, str], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """A tied head that is stored all the same: it goes, unless it differs, or is all there is (as in transformers)."""
+    head, embedding = architecture.head, architecture.embedding
+    if head not in architecture.shared or head not in files:
+        return
+    key = stored.pop(head, head)
+    if embedding not in files:
+        files[embedding], stored[embedding], shapes[embedding] = files[head], key, shapes[head]
+    elif not _read(files[embedding], stored.get(embedding, embedding)).equal(_read(files[head], key)):
+        stored.update({head: key} if key != head else {})
+        return
+    del files[head], shapes[head]
+
+
+def _weight_paths(directory: Path) -> list[Path]:
+    """The safetensors files, by the index where there is one."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(path for path in directory.glob("*.safetensors") if path.name != SIDECAR)
+    shards = read_json(index, limit=MAX_INDEX_BYTES)["weight_map"]
+    assert isinstance(shards, dict)  # checked by the guard
+    return sorted({directory / shard for shard in shards.values()})
+
+
+def _check_complete(directory: Path, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wanted = {name: shape for name, shape in architecture.shapes.items() if name not in architecture.shared}
+    wrong = [name for name, shape in wanted.items() if shapes.get(name, ()) != shape]
+    if wrong:
+        first = wrong[0]
+        found = f"of the shape {list(shapes[first])}" if first in shapes else "missing"
+        raise BadInput(
+            "EW-324",
+            "the model's files lack weights of its architecture",
+            where=directory.absolute(),
+            expected=f"every weight that config.json implies, {first} of the shape {list(wanted[first])}",
+            found=f"{len(wrong)} missing or of another shape; {first} is {found}",
+            fix="save the whole model again with save_pretrained; adapters must be merged first",
+        )
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    """A floating-point tensor, through torch, since numpy has no bfloat16."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        value = file.get_tensor(name)
+        value: torch.Tensor = file.get_tensor(name)
     if not value.dtype.is_floating_point or value.dtype.itemsize not in (2, 4):
         raise BadInput(
             "EW-322",
@@ -231,40 +294,45 @@ def _read(path: Path, name: str) -> np.ndarray:
             found=str(value.dtype),
             fix="save the model in one of these types; packed checkpoints must be unpacked first",
         )
-    return value.float().numpy()
+    return value
 
 
-def _detected(files: Mapping[str, Path]) -> dict[str, LatticeTensor]:
-    """The linear weights whose values turn out to be ternary."""
-    lattice = {}
-    for name, path in files.items():
-        if name == EMBEDDING or not name.endswith(".weight"):
-            continue
-        weight = _read(path, name)
-        found = detect_ternary(weight) if weight.ndim == 2 else None
-        if found is not None:
-            lattice[name] = found
-    return lattice
+def _detected(source: Source) -> dict[str, LatticeTensor]:
+    """The linear weights whose values turn out to lie on a lattice; read one after the other."""
+    found = {name: detect_ternary(source.matrix(name)) for name in source.linears}
+    return {name: lattice for name, lattice in found.items() if lattice is not None}
 
 
-def _checked_sidecar(directory: Path, files: Mapping[str, Path]) -> dict[str, LatticeTensor]:
-    """The sidecar, after comparing each of its entries with the weights: equal bit for bit (-0.0 equals 0.0)."""
-    lattice = load_sidecar(directory)
+def _checked_sidecar(source: Source) -> tuple[dict[str, LatticeTensor], frozenset[str]]:
+    """The sidecar, after comparing each entry with the weights, and the names whose weights are rounded in the files.
+
+    The weights must be codes times scales, bit for bit (-0.0 equals 0.0), in the precision of the file.
+    """
+    import torch
+
+    lattice, rounded = load_sidecar(source.directory), set()
     for name, tensor in lattice.items():
-        weight = _read(files[name], name) if name in files else None
-        if weight is None or not np.array_equal(weight, tensor.dequantize()):
-            raise BadInput(
-                "EW-321",
-                f"the lattice and the weights of this model differ in {name!r}",
-                where=(directory / SIDECAR).absolute(),
-                expected="codes times scales equal to the weights, bit for bit",
-                found="no such weight" if weight is None else _difference(weight, tensor.dequantize()),
-                fix=f"if the weights were changed after training, delete {SIDECAR}; else copy the checkpoint again",
-            )
-    return lattice
+        if name not in source.files:
+            raise _unequal_sidecar(source, name, "no such weight")
+        weight = _read(source.files[name], source.stored.get(name, name))
+        weight = weight.T if source.stores_transposed(name) else weight
+        exact = torch.from_numpy(tensor.dequantize())
+        if weight.shape != exact.shape:
+            raise _unequal_sidecar(source, name, f"shapes {tuple(weight.shape)} and {tuple(exact.shape)}")
+        wrong = int((weight != exact.to(weight.dtype)).sum())
+        if wrong:
+            raise _unequal_sidecar(source, name, f"{wrong} of {weight.numel()} values differ")
+        if not torch.equal(weight.float(), exact):
+            rounded.add(name)
+    return lattice, frozenset(rounded)
 
 
-def _difference(weight: np.ndarray, other: np.ndarray) -> str:
-    if weight.shape != other.shape:
-        return f"shapes {weight.shape} and {other.shape}"
-    return f"{np.count_nonzero(weight != other)} of {weight.size} values differ"
+def _unequal_sidecar(source: Source, name: str, found: str) -> BadInput:
+    return BadInput(
+        "EW-321",
+        f"the lattice and the weights of this model differ in {name!r}",
+        where=(source.directory / SIDECAR).absolute(),
+        expected="codes times scales equal to the weights, bit for bit in the precision of the weights",
+        found=found,
+        fix=f"if the weights were changed after training, delete {SIDECAR}; else copy the checkpoint again",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,21 +264,21 @@ def test_the_trained_model_tells_its_story(stories, tmp_path):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "dynamic"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"intermediate_size": 511}, "another shape"),
-        ({"num_hidden_layers": 1}, "no place for the tensor"),
+        ({"num_hidden_layers": 1}, "does not know"),
         ({"hidden_size": None}, "hidden_size"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}}, "low_freq_factor"),
     ],
 )
 def test_models_that_llama_cpp_cannot_hold_are_refused_by_name(ternary_model, tmp_path, change, named):
     model = edited(ternary_model, tmp_path / "model", lambda config: config.update(change))
-    with pytest.raises(BadInput, match="EW-505") as error:
+    with pytest.raises(BadInput, match=r"EW-(324|327|329|505)") as error:  # some already when the source is opened
         place(load_source(model), "f32", "f32")
     assert named in str(error.value)
 
 
 def test_missing_weights_are_named(ternary_model, tmp_path):
     model = edited(ternary_model, tmp_path / "model", lambda config: config.update(num_hidden_layers=3))
-    with pytest.raises(BadInput, match=r"model\.layers\.2\..*EW-322"):
+    with pytest.raises(BadInput, match="EW-324.*\n.*model\\.layers\\.2\\."):
         place(load_source(model), "f32", "f32")
 
 
@@ -411,7 +412,7 @@ def test_a_tokenizer_of_another_model_is_refused(ternary_model, tmp_path):
 
 
 def test_a_padded_vocabulary_is_filled_with_unused_tokens(ternary_model, tmp_path):
-    model = edited(ternary_model, tmp_path / "model", lambda value: value.update(vocab_size=384))
-    vocabulary = read_vocabulary(load_source(model))
+    source = load_source(ternary_model)
+    vocabulary = read_vocabulary(replace(source, config=source.config | {"vocab_size": 384}))
     assert len(vocabulary.tokens) == 384
-    assert vocabulary.types.count(gguf.TokenType.UNUSED) == 384 - load_source(ternary_model).config["vocab_size"]
+    assert vocabulary.types.count(gguf.TokenType.UNUSED) == 384 - source.config["vocab_size"]
