@@ -14,15 +14,17 @@ from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 
-_FIRST_CAPACITY = 512
-"""Tokens that the cache of a new session holds; it doubles when it is full."""
+_FIRST_CAPACITY = 128
+_GROWTH = 4
+"""Tokens that the cache of a new session holds, and by what it grows when it is full. The runtime writes all of a new
+cache, so that it is in memory whole: at 200M parameters 512 tokens take 12 MB."""
 
 
 class GenaiSession(Session):
     """A GenAI folder on the CPU.
 
     The runtime allocates its key-value cache whole, for the length that a generator may reach. A session starts with a
-    short one and moves to one twice as long, by running its tokens again, when it is full.
+    short one and moves to a longer one, by running its tokens again, when it is full.
 
     Args:
         path: the folder with genai_config.json.
@@ -36,8 +38,6 @@ class GenaiSession(Session):
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         og = _runtime()
-        from tokenizers import Tokenizer
-
         self.path = path
         model = _model_section(path)
         self.vocab_size = model["vocab_size"]
@@ -54,11 +54,18 @@ class GenaiSession(Session):
             self._model: Any = og.Model(config)
         except RuntimeError as error:
             raise _cannot_open(path, error) from error
-        self._tokenizer: Any = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._tokenizer.encode_special_tokens = True
         self._generator: Any = None
         self._capacity = 0
         self._tokens: list[int] = []
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        # On demand: with 32,000 tokens it takes 12 MB, and who measures the model gives token numbers.
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     @cached_property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
@@ -155,7 +162,7 @@ class GenaiSession(Session):
         """See to a generator whose cache holds `length` tokens, with the tokens so far in it."""
         if self._generator is not None and length <= self._capacity:
             return
-        self._capacity = min(self.context_length, max(_FIRST_CAPACITY, 2 * self._capacity, length))
+        self._capacity = min(self.context_length, max(_FIRST_CAPACITY, _GROWTH * self._capacity, length))
         self._generator = None  # before the new one, so that there is one cache at a time
         self._generator = self._new_generator(self._capacity, do_sample=False)
         if self._tokens:
