@@ -126,6 +126,10 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+WITHOUT_SDPA = frozenset({"gemma2"})
+"""Families whose attention caps its scores, which torch's fused attention does not."""
+
+
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Open a local causal-LM directory in `dtype` (float32 unless given), after the guard has passed it.
 
@@ -136,14 +140,15 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgewright.export.guard import check_model_directory
+    from edgewright.export.guard import check_model_directory, read_json
 
     check_model_directory(directory)
+    kind = read_json(directory / "config.json").get("model_type")
     with without_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype or torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if kind in WITHOUT_SDPA else "sdpa",
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
