@@ -19,12 +19,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
 from edgewright._verbs import VerbModule
 from edgewright.errors import BadInput, RecipeError
 from edgewright.inventory import ModelFile, describe_model
 from edgewright.machine import available_cores, describe_machine
+
+Loop = Literal["steps", "native"]
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "edgewright.bench_worker")
 FEWEST_REPEATS_TO_TRUST = 5
@@ -60,6 +62,8 @@ class BenchRow:
     tokens_per_s_sd: float
     peak_memory: int
     baseline_memory: int | None
+    device: str | None = None
+    """Where it was measured, when that is not this machine."""
 
     def to_json(self) -> dict[str, object]:
         """The row as `bench --json` and `report --json` show it; quality is not measured here, so it is null."""
@@ -81,6 +85,7 @@ class BenchRow:
             "gate": self.artifact.gate,
             "load_ms": self.load_ms,
             "runtime": self.runtime,
+            "device": self.device,
         }
 
 
@@ -112,7 +117,12 @@ class BenchReport:
 
 
 def bench(
-    *artifacts: str | Path, prompt: int = 128, generate: int = 64, repeats: int = 5, threads: int | None = None
+    *artifacts: str | Path,
+    prompt: int = 128,
+    generate: int = 64,
+    repeats: int = 5,
+    threads: int | None = None,
+    loop: Loop = "steps",
 ) -> BenchReport:
     """Measure speed and memory of model files and folders, all of them interleaved.
 
@@ -121,11 +131,15 @@ def bench(
     the numbers; tokenization is not. All artifacts are open at the same time: together they must fit into memory.
 
     Args:
-        artifacts: GGUF files, GenAI folders, Hugging Face directories.
+        artifacts: GGUF files, GenAI, ONNX and OpenVINO folders, Hugging Face directories; and `result.json` of packs
+            that were measured on other devices (`bench_pack.py`), whose rows follow those of this machine.
         prompt: tokens of the prompt test.
         generate: tokens of the generation test.
         repeats: measured rounds; below 5 the report carries a warning.
         threads: threads of every runtime; None = all cores that this process may use.
+        loop: how tokens are generated: "steps" asks every runtime for the logits of one token after the other (the
+            time is the runtime's, choosing is numpy's argmax for all); "native" is each runtime's own greedy loop, its
+            sampling included.
 
     Raises:
         RecipeError: EW-190 when there is nothing to measure or a number is not positive.
@@ -136,11 +150,14 @@ def bench(
         raise RecipeError("EW-190", "there is nothing to measure", expected="at least one file or directory")
     threads = available_cores() if threads is None else threads
     _check_positive({"prompt": prompt, "generate": generate, "repeats": repeats, "threads": threads})
-    files = [describe_model(path) for path in artifacts]
+    from edgewright.bench_pack import read_result
+
+    results = [read_result(Path(path)) for path in artifacts if Path(path).suffix == ".json"]
+    files = [describe_model(path) for path in artifacts if Path(path).suffix != ".json"]
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(file, threads=threads)) for file in files]
         for worker in workers:
-            worker.open(prompt=prompt, generate=generate, threads=threads)
+            worker.open(prompt=prompt, generate=generate, threads=threads, loop=loop)
         for worker in workers:
             worker.round()
         for worker in workers:
@@ -152,17 +169,36 @@ def bench(
         rows = tuple(worker.row(prompt=prompt, generate=generate) for worker in workers)
         warnings = [warning for worker in workers for warning in worker.warnings()]
         warnings += [warning for row in rows for warning in _spread_warnings(row)]
-    if repeats < FEWEST_REPEATS_TO_TRUST:
+    if files and repeats < FEWEST_REPEATS_TO_TRUST:
         warnings.append(f"Only {repeats} repeats: below {FEWEST_REPEATS_TO_TRUST} the spread says little.")
     return BenchReport(
-        command=_command(files, prompt=prompt, generate=generate, repeats=repeats, threads=threads),
+        command=_command(artifacts, prompt=prompt, generate=generate, repeats=repeats, threads=threads, loop=loop),
         machine=describe_machine(threads=threads),
         threads=threads,
         prompt=prompt,
         generate=generate,
         repeats=repeats,
-        artifacts=rows,
+        artifacts=(*rows, *(_device_row(result, row) for result in results for row in result["artifacts"])),
         warnings=tuple(warnings),
+    )
+
+
+def _device_row(result: dict[str, Any], row: dict[str, Any]) -> BenchRow:
+    """A row that a pack measured on its device."""
+    file = ModelFile(
+        path=Path(row["path"]), to=str(row["to"]), quant=row["quant"], bytes=int(row["bytes"]), gate=row["gate"]
+    )
+    numbers = (
+        "load_ms", "ttft_ms", "ttft_ms_sd", "prompt_tokens_per_s", "prompt_tokens_per_s_sd", "tokens_per_s",
+        "tokens_per_s_sd",
+    )  # fmt: skip
+    return BenchRow(
+        artifact=file,
+        runtime=str(row["runtime"]),
+        **{name: float(row[name]) for name in numbers},
+        peak_memory=int(row["peak_memory"]),
+        baseline_memory=row["baseline_memory"],
+        device=str(result["device"]),
     )
 
 
@@ -197,11 +233,11 @@ class Worker:
         self._process.communicate()
         self._stderr.close()
 
-    def open(self, *, prompt: int, generate: int, threads: int) -> None:
+    def open(self, *, prompt: int, generate: int, threads: int, loop: Loop) -> None:
         """Let the process open its artifact."""
         path = str(self.file.path.absolute())
         self.opened = self._ask(
-            {"do": "open", "path": path, "threads": threads, "prompt": prompt, "generate": generate}
+            {"do": "open", "path": path, "threads": threads, "prompt": prompt, "generate": generate, "loop": loop}
         )
 
     def round(self) -> None:
@@ -307,9 +343,12 @@ def _check_positive(numbers: Mapping[str, int]) -> None:
             raise RecipeError("EW-190", f"{name} must be positive", expected="at least 1", found=value)
 
 
-def _command(files: Sequence[ModelFile], *, prompt: int, generate: int, repeats: int, threads: int) -> str:
-    paths = " ".join(str(file.path) for file in files)
-    return f"edgewright bench {paths} --prompt {prompt} --generate {generate} --repeats {repeats} --threads {threads}"
+def _command(
+    artifacts: Sequence[str | Path], *, prompt: int, generate: int, repeats: int, threads: int, loop: Loop
+) -> str:
+    paths = " ".join(map(str, artifacts))
+    tests = f"--prompt {prompt} --generate {generate} --repeats {repeats} --threads {threads}"
+    return f"edgewright bench {paths} {tests}" + (f" --loop {loop}" if loop != "steps" else "")
 
 
 sys.modules[__name__].__class__ = VerbModule

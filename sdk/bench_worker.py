@@ -2,8 +2,8 @@
 
 It imports the Session interface and nothing else, so that its memory is the runtime's own and not the measurer's.
 One JSON object per line on stdin is a request, one per line on stdout is its reply; whatever a runtime prints goes to
-stderr. Requests: `{"do": "open", "path", "threads", "prompt", "generate"}` once, then `{"do": "round"}` as often as
-wanted. The end of stdin ends the process.
+stderr. Requests: `{"do": "open", "path", "threads", "prompt", "generate", "loop"}` once, then `{"do": "round"}` as
+often as wanted. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Bencher:
     session: Session
     prompt: list[int]
     generate: int
+    native: bool
 
     def __init__(self, open_session: OpenSession) -> None:
         self._open_session = open_session
@@ -47,6 +48,7 @@ class Bencher:
         self.session = self._open_session(Path(str(request["path"])), threads=request["threads"])
         load = time.perf_counter() - start
         prompt, self.generate = int(str(request["prompt"])), int(str(request["generate"]))
+        self.native = request["loop"] == "native"
         self._refuse_too_long(max(prompt, self.generate))
         # The same tokens for every artifact with the same vocabulary, in every round.
         vocabulary = range(self.session.vocab_size)
@@ -70,10 +72,8 @@ class Bencher:
         first_done = time.perf_counter()
 
         session.rewind(0)
-        token = session.start_id
         generate_start = time.perf_counter()
-        for _ in range(self.generate):
-            token = int(_given(session.append([token], logits="last"))[-1].argmax())
+        (self._native_loop if self.native else self._steps)()
         generate_done = time.perf_counter()
         return {
             "prompt": prompt_done - start,
@@ -81,6 +81,17 @@ class Bencher:
             "generate": generate_done - generate_start,
             "peak_memory": peak_memory(),
         }
+
+    def _steps(self) -> None:
+        """Generate by asking for the logits of one token after the other."""
+        token = self.session.start_id
+        for _ in range(self.generate):
+            token = int(_given(self.session.append([token], logits="last"))[-1].argmax())
+
+    def _native_loop(self) -> None:
+        """Generate with the runtime's own greedy loop, its sampling included."""
+        made = self.session.native_generate([self.session.start_id], self.generate, stop_at_eos=False)
+        assert len(made) == self.generate
 
     def _refuse_too_long(self, tokens: int) -> None:
         if tokens > self.session.context_length:

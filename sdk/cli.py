@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Protocol
 
 import typer
 from typer.exceptions import TyperException
@@ -306,10 +306,19 @@ def verify(
 
 @app.command()
 def bench(
-    artifacts: Annotated[list[Path], typer.Argument(help="GGUF files, GenAI folders, model directories.")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="Exported files and folders, model directories; result.json of other devices.")
+    ],
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt test.")] = 128,
     generate: Annotated[int, typer.Option(min=1, help="Tokens of the generation test.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Measured rounds after the warm-up.")] = 5,
+    loop: Annotated[
+        Literal["steps", "native"],
+        typer.Option(help="steps: logits token by token; native: each runtime's own greedy loop."),
+    ] = "steps",
+    pack: Annotated[
+        Path | None, typer.Option(help="Write a folder that measures the files on another device instead.")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -317,10 +326,17 @@ def bench(
 
     All files take turns, each in a process of its own.
     """
+    if pack is not None:
+        from edgewright.bench_pack import pack as write_pack
+
+        with _quiet_stdout():
+            written = write_pack(artifacts, pack, prompt=prompt, generate=generate, repeats=repeats)
+        _show("pack", written, as_json)
+        return
     from edgewright.bench import bench
 
     with _quiet_stdout():
-        result = bench(*artifacts, prompt=prompt, generate=generate, repeats=repeats, threads=threads)
+        result = bench(*artifacts, prompt=prompt, generate=generate, repeats=repeats, threads=threads, loop=loop)
     _show("bench", result, as_json)
 
 
@@ -347,13 +363,14 @@ def generate(
 @app.command()
 def report(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+    add: Annotated[list[Path] | None, typer.Option(help="result.json of a pack, measured on another device.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a run's page and list its files."""
     from edgewright.report import report
 
     with _quiet_stdout():
-        result = report(run_directory)
+        result = report(run_directory, add=add or ())
     _show("report", result, as_json)
 
 

@@ -151,7 +151,7 @@ def _bench(result: dict[str, Any]) -> str:
     columns = ("file", "width", "size", "first token", "prompt tokens/s", "tokens/s", "peak memory")
     rows = [
         (
-            row["path"],
+            row["path"] + (f" on {row['device']}" if row["device"] else ""),
             f"{row['to']} {row['quant']}",
             say.size(row["bytes"]),
             say.milliseconds(row["ttft_ms"]),
@@ -164,6 +164,13 @@ def _bench(result: dict[str, Any]) -> str:
     setting = f"prompt {result['prompt']}, generate {result['generate']}, repeats {result['repeats']}, "
     setting += f"threads {result['threads']}, {result['machine']['cpu']}"
     return "\n".join([table(columns, rows), setting, *(f"warning: {text}" for text in result["warnings"])])
+
+
+def _pack(result: dict[str, Any]) -> str:
+    return (
+        f"{result['path']}: copy it to the device; there: pip install {' '.join(result['packages'])}; python bench.py\n"
+        "then give its result.json to edgewright bench, or to edgewright report --add"
+    )
 
 
 def _generate(result: dict[str, Any]) -> str:
@@ -192,6 +199,7 @@ _TEXTS: dict[str, Text] = {
     "export": _export,
     "verify": _verify,
     "bench": _bench,
+    "pack": _pack,
     "generate": _generate,
     "report": _report,
     "doctor": _doctor,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -15,8 +16,9 @@ from edgewright import report_figures as figures
 from edgewright import report_text as say
 from edgewright import report_view as view
 from edgewright._verbs import VerbModule
-from edgewright.files import write_text
-from edgewright.report_data import ArtifactResult, Results, RunRecord, StageRecord, read_run
+from edgewright.bench_pack import read_result
+from edgewright.files import write_json, write_text
+from edgewright.report_data import DEVICES, ArtifactResult, Results, RunRecord, StageRecord, read_run
 
 PAGE_NAME = "report.html"
 
@@ -40,6 +42,8 @@ class ReportResult:
     machine: dict[str, object]
     artifacts: tuple[ArtifactResult, ...]
     warnings: tuple[str, ...]
+    devices: tuple[dict[str, Any], ...] = ()
+    """What packs measured on other devices, as their `result.json` says."""
 
     def to_json(self) -> dict[str, object]:
         """The object of `report --json`: paths as seen from the working directory, null where nothing was measured."""
@@ -53,20 +57,33 @@ class ReportResult:
                 {**artifact.model_dump(mode="json"), "path": str(self.path.parent / artifact.path)}
                 for artifact in self.artifacts
             ],
+            "devices": list(self.devices),
             "warnings": list(self.warnings),
         }
 
 
-def report(run_dir: str | Path) -> ReportResult:
+def report(run_dir: str | Path, *, add: Sequence[str | Path] = ()) -> ReportResult:
     """Write `report.html` into a run directory: everything that the run measured, on one page without any network.
 
     A run that is still going gets a page of what is there so far.
 
+    Args:
+        run_dir: the directory that `run` wrote to.
+        add: `result.json` of packs that were measured on other devices; they are kept in the run, one per device.
+
     Raises:
-        BadInput: EW-392 for what is no run directory, EW-393 for a file of it that cannot be understood.
+        BadInput: EW-392 for what is no run directory, EW-393 for a file of it that cannot be understood, EW-394 for
+            what is no result of a pack.
         OutOfResources: EW-401, the disk is full.
     """
+    results = [read_result(Path(path)) for path in add]
     run = read_run(Path(run_dir))
+    if results:
+        for result in results:
+            name = re.sub(r"[^\w.-]+", "-", result["device"]).strip("-.") or "device"
+            (run.directory / DEVICES).mkdir(exist_ok=True)
+            write_json(run.directory / DEVICES / f"{name}.json", result)
+        run = read_run(run.directory)
     path = run.directory / PAGE_NAME
     write_text(path, render(run))
     return ReportResult(
@@ -76,6 +93,7 @@ def report(run_dir: str | Path) -> ReportResult:
         machine=_machine(run),
         artifacts=run.results.artifacts,
         warnings=tuple(_warnings(run)),
+        devices=tuple(run.devices),
     )
 
 
@@ -111,6 +129,7 @@ def _page(run: RunRecord) -> dict[str, Any]:
         "proved": [row for row in rows if row.proved],
         "gate_columns": view.GATE_COLUMNS,
         "checkpoints": view.checkpoints(run),
+        "devices": view.devices(run),
         "stages": stages,
         "data": view.facts(run.results.data),
         "sources": view.sources(run),
@@ -129,6 +148,7 @@ def _sections(page: Mapping[str, Any]) -> list[tuple[str, str]]:
     sections = (
         ("files", "Files", page["rows"]),
         ("trade-off", "Size, quality, speed", page["has_pareto"]),
+        ("devices", "Other devices", page["devices"]),
         ("training", "Training", page["stages"]),
         ("gates", "Proof", page["proved"]),
         ("samples", "Samples", page["run"].results.samples),

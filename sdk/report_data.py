@@ -10,14 +10,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from edgewright.bench_pack import read_result
 from edgewright.errors import BadInput
 from edgewright.inventory import describe_model
 
 RESULTS = "results.json"
+DEVICES = "devices"
+"""Folder of a run with what packs measured on other devices (`bench_pack.py`)."""
 SCHEMA_VERSION = 1
 
 
@@ -165,6 +168,8 @@ class RunRecord:
     recipe_text: str | None
     recipe: dict[str, object]
     environment: dict[str, object]
+    devices: list[dict[str, Any]] = field(default_factory=list)
+    """Results of other devices, by their names."""
     problems: list[str] = field(default_factory=list)
     """What could not be read; the page says so."""
 
@@ -202,6 +207,7 @@ def read_run(directory: Path) -> RunRecord:
         recipe_text=recipe_text,
         recipe=recipe,
         environment=_read_object(directory / "env.json"),
+        devices=[read_result(path) for path in sorted((directory / DEVICES).glob("*.json"))],
         problems=[
             f"{stage.unreadable_lines} lines of the metrics of stage {stage.name} could not be read."
             for stage in stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from edgewright import report_text as say
 from edgewright.report_data import ArtifactResult, CheckpointResult, RunRecord, StageRecord
@@ -250,6 +251,24 @@ def checkpoints(run: RunRecord) -> list[dict[str, str]]:
         }
         for each in run.results.checkpoints
         if each.bits_per_byte is not None
+    ]
+
+
+def devices(run: RunRecord) -> list[dict[str, str]]:
+    """One row for each file that was measured on another device."""
+    return [
+        {
+            "device": str(result["device"]),
+            "name": PurePath(row["path"]).name,
+            "detail": f"{RUNTIME_NAMES.get(row['to'], row['to'])} · {row['quant']} · {result['threads']} threads",
+            "size": say.size(row["bytes"]),
+            "first_token": say.milliseconds(row["ttft_ms"]),
+            "prompt": say.rate(row["prompt_tokens_per_s"]),
+            "speed": say.rate(row["tokens_per_s"], row["tokens_per_s_sd"]),
+            "memory": say.size(row["peak_memory"]),
+        }
+        for result in run.devices
+        for row in result["artifacts"]
     ]
 
 

@@ -91,7 +91,7 @@ def test_serve_runs_both_tests_from_an_empty_cache(tmp_path: Path) -> None:
     finally:
         sys.path.remove(str(FAKE.parent))
     session = CountingSession(tmp_path)
-    requests = [{"do": "open", "path": "x", "threads": 1, "prompt": 9, "generate": 3}, {"do": "round"}]
+    requests = [{"do": "open", "path": "x", "threads": 1, "prompt": 9, "generate": 3, "loop": "steps"}, {"do": "round"}]
     replies = io.StringIO()
     serve(lambda path, threads: session, io.StringIO("\n".join(map(json.dumps, requests)) + "\n"), replies)
     opened, measured = map(json.loads, replies.getvalue().splitlines())

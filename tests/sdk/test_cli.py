@@ -66,6 +66,7 @@ def failing(error: BaseException) -> Callable[..., Any]:
 ROW = {
     "path": "a.gguf", "to": "gguf", "quant": "tq2_0", "bytes": 1_500_000, "ttft_ms": 12.5, "prompt_tokens_per_s": 900.0,
     "prompt_tokens_per_s_sd": 9.0, "tokens_per_s": 412.0, "tokens_per_s_sd": 6.0, "peak_memory": 3e8,
+    "device": None,
 }  # fmt: skip
 BENCH: dict[str, object] = {
     "schema_version": 1, "prompt": 8, "generate": 4, "repeats": 2, "threads": 1, "machine": {"cpu": "x"},
@@ -117,7 +118,7 @@ def test_arguments_reach_the_function(edgewright: Run, bench: Callable[..., None
     words = ["bench", "a", "b", "--prompt", "8", "--generate", "4", "--repeats", "2", "--threads", "1"]
     code, out, err = edgewright(*words)
     assert code == 0 and err == ""
-    assert seen == [(Path("a"), Path("b")), {"prompt": 8, "generate": 4, "repeats": 2, "threads": 1}]
+    assert seen == [(Path("a"), Path("b")), {"prompt": 8, "generate": 4, "repeats": 2, "threads": 1, "loop": "steps"}]
     assert "a.gguf" in out and "412 ± 6" in out and "warning: noisy" in out and "\x1b" not in out
 
 

@@ -30,12 +30,13 @@ OPTIONS = {
     "run": {"--fresh", "--json", "--help"},
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
     "export": {
-        "--to", "--quant", "--out", "--embedding-quant", "--max-kl", "--no-verify", "--threads", "--json", "--help",
+        "--to", "--quant", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--no-verify", "--threads",
+        "--json", "--help",
     },
     "verify": {"--against", "--max-kl", "--threads", "--json", "--help"},
-    "bench": {"--prompt", "--generate", "--repeats", "--threads", "--json", "--help"},
+    "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--threads", "--json", "--help"},
-    "report": {"--json", "--help"},
+    "report": {"--add", "--json", "--help"},
     "doctor": {"--json", "--help"},
     "explain": {"--json", "--help"},
 }  # fmt: skip
