@@ -120,6 +120,7 @@ def _empty_model(source: Source, fake: Any) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source.directory, local_files_only=True, trust_remote_code=False)
+    config.tie_word_embeddings = source.tied
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for module in model.modules():
@@ -140,7 +141,7 @@ def _cache_shapes(model: PreTrainedModel, fake: Any) -> list[tuple[int, int]]:
         cache = model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
     shapes = []
     for layer in cache.layers:
-        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.keys.ndim != 4:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
             raise NotImplementedError(f"the cache of a layer is a {type(layer).__name__}, not keys and values")
         if layer.keys.shape != layer.values.shape:
             raise NotImplementedError(f"keys have the shape {layer.keys.shape}, values {layer.values.shape}")
