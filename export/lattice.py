@@ -19,10 +19,20 @@ import numpy as np
 
 from edgewright.errors import BadInput
 
-Levels = Literal["ternary", "int4", "int8"]
+Levels = Literal["ternary", "int2", "int4", "int5", "int8", "uint2", "uint4", "uint8", "nf4"]
 
-LEVELS: dict[Levels, tuple[int, int]] = {"ternary": (-1, 1), "int4": (-8, 7), "int8": (-128, 127)}
-"""The codes that each kind of lattice may hold, both ends included."""
+LEVELS: dict[Levels, tuple[int, int]] = {
+    "ternary": (-1, 1),
+    "int2": (-2, 1),
+    "int4": (-8, 7),
+    "int5": (-16, 15),
+    "int8": (-128, 127),
+    "uint2": (0, 3),
+    "uint4": (0, 15),
+    "uint8": (0, 255),
+    "nf4": (0, 15),
+}
+"""The codes that a file stores for each kind of lattice, both ends included."""
 
 SIDECAR = "lattice.safetensors"
 """The file in a checkpoint directory that holds the lattice of its quantized weights."""
@@ -35,12 +45,15 @@ DETECTION_GROUP = 256
 class LatticeTensor:
     """A quantized weight: `weight[i, j] = codes[i, j] * scale of the group that holds column j of row i`.
 
+    With `offsets` the group's offset is added (Q4_1); with a `codebook` the code is looked up there first (NF4).
+    A zero point changes nothing in these formulas: codes are what is left when it is removed.
+
     Raises:
         ValueError: on construction, when shapes, types or code ranges contradict each other.
     """
 
     codes: np.ndarray
-    """int8 `[rows, columns]`, signed, the zero point already removed."""
+    """int8 `[rows, columns]` (int16 for the differences of two bytes), signed, the zero point already removed."""
     scales: np.ndarray
     """float32 `[1, 1]` (per tensor), `[rows, 1]` (per row) or `[rows, ceil(columns / group)]`."""
     group: int | None
@@ -48,10 +61,17 @@ class LatticeTensor:
     bits: float
     """Information width of a code: 2 for ternary in 2 bits, 4, 8."""
     levels: Levels
-    """Which codes may occur, a key of `LEVELS`."""
+    """Which codes a file stores, a key of `LEVELS`."""
+    zeros: np.ndarray | None = None
+    """Zero points, int16 of the shape of `scales`: a file stores `code + zero`. None where it stores the code."""
+    offsets: np.ndarray | None = None
+    """float32 of the shape of `scales`, added to `code * scale`."""
+    codebook: np.ndarray | None = None
+    """float32 `[n]`: the values that the codes 0 to n - 1 stand for, before they are scaled."""
 
     def __post_init__(self) -> None:
-        if self.codes.ndim != 2 or self.codes.dtype != np.int8:
+        wide = self.levels == "uint8" and self.codes.dtype == np.int16
+        if self.codes.ndim != 2 or not (self.codes.dtype == np.int8 or wide):
             raise ValueError(f"codes must be int8 [rows, columns], not {self.codes.dtype} {self.codes.shape}")
         rows, columns = self.codes.shape
         if self.group is None:
@@ -67,14 +87,51 @@ class LatticeTensor:
             )
         if not np.isfinite(self.scales).all():
             raise ValueError("scales must be finite")
+        self._check_extras()
         low, high = LEVELS[self.levels]
-        if self.codes.size and (self.codes.min() < low or self.codes.max() > high):
-            raise ValueError(
-                f"{self.levels} codes lie in {low}..{high}, not {self.codes.min()}..{self.codes.max()}",
-            )
+        stored = self.stored
+        if stored.size and (stored.min() < low or stored.max() > high):
+            raise ValueError(f"{self.levels} codes lie in {low}..{high}, not {stored.min()}..{stored.max()}")
 
-    def block_scales(self, block: int) -> np.ndarray:
-        """The scale of every storage block: float32 `[rows, ceil(columns / block)]`.
+    def _check_extras(self) -> None:
+        for name, value, dtype in (("zeros", self.zeros, np.int16), ("offsets", self.offsets, np.float32)):
+            if value is not None and (value.dtype != dtype or value.shape != self.scales.shape):
+                raise ValueError(
+                    f"{name} must be {np.dtype(dtype)} {self.scales.shape}, not {value.dtype} {value.shape}"
+                )
+        if self.offsets is not None and not np.isfinite(self.offsets).all():
+            raise ValueError("offsets must be finite")
+        if self.codebook is None:
+            return
+        if self.codebook.dtype != np.float32 or self.codebook.shape != (LEVELS[self.levels][1] + 1,):
+            raise ValueError(f"the codebook of {self.levels} codes must be float32 [{LEVELS[self.levels][1] + 1}]")
+        if self.zeros is not None:
+            raise ValueError("codes of a codebook have no zero point")
+
+    @property
+    def stored(self) -> np.ndarray:
+        """The codes as a file stores them: with the zero point."""
+        return self.codes if self.zeros is None else self.codes + self.per_weight(self.zeros)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a weight is no more than a code times a scale."""
+        return self.offsets is None and self.codebook is None
+
+    @property
+    def single_scale(self) -> np.float32 | None:
+        """The scale of all groups, where they share one."""
+        first: np.float32 = self.scales.flat[0] if self.scales.size else np.float32(0)
+        return first if (self.scales == first).all() else None
+
+    def per_weight(self, values: np.ndarray) -> np.ndarray:
+        """Values of groups, repeated so that they broadcast to `[rows, columns]`."""
+        if self.group is None:
+            return values
+        return np.repeat(values, self.group, axis=1)[:, : self.codes.shape[1]]
+
+    def per_block(self, values: np.ndarray, block: int) -> np.ndarray:
+        """Values of groups, one for every storage block: `[rows, ceil(columns / block)]`.
 
         Raises:
             ValueError: a block would straddle two groups.
@@ -82,22 +139,34 @@ class LatticeTensor:
         rows, columns = self.codes.shape
         blocks = ceil_div(columns, block)
         if self.group is None:
-            return np.broadcast_to(self.scales, (rows, blocks))
+            return np.broadcast_to(values, (rows, blocks))
         if self.group % block and self.scales.shape[1] > 1:
             raise ValueError(f"a block of {block} weights straddles groups of {self.group}")
-        return np.repeat(self.scales, max(1, self.group // block), axis=1)[:, :blocks]
+        return np.repeat(values, max(1, self.group // block), axis=1)[:, :blocks]
+
+    def block_scales(self, block: int) -> np.ndarray:
+        """The scale of every storage block: float32 `[rows, ceil(columns / block)]`; errors as `per_block`."""
+        return self.per_block(self.scales, block)
 
     def dequantize(self) -> np.ndarray:
         """float32 `[rows, columns]`, exactly codes * scale in float32 (one rounding, none for ternary codes)."""
-        scales = self.scales
-        if self.group is not None:
-            scales = np.repeat(scales, self.group, axis=1)[:, : self.codes.shape[1]]
-        return self.codes.astype(np.float32) * scales
+        values = self.codes.astype(np.float32) if self.codebook is None else self.codebook[self.codes]
+        scaled = values * self.per_weight(self.scales)
+        return scaled if self.offsets is None else scaled + self.per_weight(self.offsets)
 
     def rows_reordered(self, order: np.ndarray) -> LatticeTensor:
         """The same lattice with its rows in another order: row i becomes row `order[i]` of this one."""
-        scales = self.scales if self.scales.shape[0] == 1 else self.scales[order]
-        return replace(self, codes=self.codes[order], scales=scales)
+
+        def moved(values: np.ndarray) -> np.ndarray:
+            return values if len(values) == 1 else values[order]
+
+        return replace(
+            self,
+            codes=self.codes[order],
+            scales=moved(self.scales),
+            zeros=None if self.zeros is None else moved(self.zeros),
+            offsets=None if self.offsets is None else moved(self.offsets),
+        )
 
     def scales_rounded(self, dtype: type[np.floating]) -> LatticeTensor:
         """The same codes with scales rounded to what `dtype` holds.
@@ -251,6 +320,10 @@ def save_sidecar(directory: Path, lattice: dict[str, LatticeTensor]) -> None:
     for name, tensor in lattice.items():
         tensors[f"{name}.codes"] = np.ascontiguousarray(tensor.codes)
         tensors[f"{name}.scales"] = np.ascontiguousarray(tensor.scales)
+        extras = {"zeros": tensor.zeros, "offsets": tensor.offsets, "codebook": tensor.codebook}
+        tensors |= {
+            f"{name}.{kind}": np.ascontiguousarray(value) for kind, value in extras.items() if value is not None
+        }
         header[name] = json.dumps({"group": tensor.group, "bits": tensor.bits, "levels": tensor.levels})
     temporary = directory / f".{SIDECAR}.{os.getpid()}"
     try:
@@ -280,12 +353,11 @@ def load_sidecar(directory: Path) -> dict[str, LatticeTensor]:
             if header.pop("format", None) != "edgewright-lattice":
                 raise ValueError("its header does not say `edgewright-lattice`")
             header.pop("schema_version", None)
+            present = set(file.keys())
             for name, entry in header.items():
-                lattice[name] = LatticeTensor(
-                    codes=file.get_tensor(f"{name}.codes"),
-                    scales=file.get_tensor(f"{name}.scales"),
-                    **json.loads(entry),
-                )
+                extras = [kind for kind in ("zeros", "offsets", "codebook") if f"{name}.{kind}" in present]
+                parts = {kind: file.get_tensor(f"{name}.{kind}") for kind in ("codes", "scales", *extras)}
+                lattice[name] = LatticeTensor(**parts, **json.loads(entry))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             "EW-320",
