@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from edgewright.errors import BadInput
+from edgewright.export.guard import check_genai_folder, check_not_archive, check_onnx_folder, check_openvino_folder
 from edgewright.export.runtimes.session import Session
 
 SESSIONS = {
@@ -20,6 +21,9 @@ SESSIONS = {
 
 MARKERS = {"genai_config.json": "genai", "openvino_model.xml": "openvino", "model.onnx": "onnx"}
 """The file that tells which runtime a folder is for, the most telling first."""
+
+CHECKS = {"genai": check_genai_folder, "onnx": check_onnx_folder, "openvino": check_openvino_folder}
+"""What must hold before a runtime sees a folder; the other sessions check their files themselves."""
 
 TARGET_OF = {"torch": "hf", "llamacpp": "gguf", "genai": "genai", "onnx": "onnx", "openvino": "openvino"}
 """The target whose artifacts a runtime opens."""
@@ -35,7 +39,9 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
         threads: of the runtime; by default its own choice.
 
     Raises:
-        BadInput: EW-601, this is none of them; EW-603, the runtime is not installed; and what the runtime refuses.
+        BadInput: EW-601, this is none of them; EW-603, the runtime is not installed; and what the guard
+            and the runtime refuse.
+        Unsafe: what the guard refuses.
     """
     runtime, target = runtime_of(Path(path))
     module, name, package, install = SESSIONS[runtime]
@@ -53,13 +59,22 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
 
 
 def runtime_of(path: Path) -> tuple[str, Path]:
-    """The runtime of a path, a key of `SESSIONS`, and the file or folder to open with it.
+    """The runtime of a path, a key of `SESSIONS`, and the file or folder to open with it, which the guard has passed.
 
     Raises:
-        BadInput: EW-601.
+        BadInput: EW-601, this is no model.
+        Unsafe, BadInput: what the guard refuses, before a library sees it; EW-336, it is an archive.
     """
+    runtime, target = _runtime_of(path)
+    if runtime in CHECKS:
+        CHECKS[runtime](target)
+    return runtime, target
+
+
+def _runtime_of(path: Path) -> tuple[str, Path]:
     if path.is_file() and path.suffix == ".gguf":
         return "llamacpp", path
+    check_not_archive(path)
     if not path.is_dir():
         raise _not_a_model(path, "this file is not a model" if path.exists() else "there is no such model", None)
     for marker, runtime in MARKERS.items():

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from edgewright.errors import BadInput, EdgewrightError, Unsafe
-from edgewright.export import guard, guard_formats
+from edgewright.export import guard, guard_gguf, guard_safetensors
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 F32, Q8_0, TQ2_0 = 0, 8, 35
@@ -260,7 +260,7 @@ MALFORMED: dict[str, tuple[object, int, int | None]] = {
     "data left over": ({"a": entry(0, 4)}, 40, None),
     "metadata with a number": ({"__metadata__": {"a": 1}}, 0, None),
     "metadata is a list": ({"__metadata__": []}, 0, None),
-    "too many tensors": (b'{"a":1' + b',"dtype":1' * (guard_formats.MAX_TENSORS + 1) + b"}", 0, None),
+    "too many tensors": (b'{"a":1' + b',"dtype":1' * (guard_safetensors.MAX_TENSORS + 1) + b"}", 0, None),
 }
 
 
@@ -397,7 +397,7 @@ GOOD_GGUF = {
         alignment=64,
     ),
     "strings": gguf_file([pair("a", 9, struct.pack("<IQ", 8, 2) + text("x") + text("")), pair("b", 8, text("y"))]),
-    "every scalar": gguf_file([pair(str(kind), kind, bytes(size)) for kind, size in guard_formats._SCALARS.items()]),
+    "every scalar": gguf_file([pair(str(kind), kind, bytes(size)) for kind, size in guard_gguf.SCALARS.items()]),
 }
 
 
@@ -410,7 +410,7 @@ def test_wellformed_gguf_passes(tmp_path: Path, case: str) -> None:
 
 def test_block_sizes_are_those_of_the_reference() -> None:
     reference = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
-    known = {kind: size for kind, size in guard_formats.GGML_BLOCKS.items() if kind in reference}
+    known = {kind: size for kind, size in guard_gguf.GGML_BLOCKS.items() if kind in reference}
     assert known.items() <= reference.items() and {F32, Q8_0, TQ2_0} <= known.keys()
 
 
