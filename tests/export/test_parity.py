@@ -162,13 +162,18 @@ def unpermuted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_theta(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = to_gguf.rope_parameters
-    monkeypatch.setattr(to_gguf, "rope_parameters", lambda config: {**right(config), "rope_theta": 500000.0})
+    right = to_gguf.rope_settings
+    monkeypatch.setattr(to_gguf, "rope_settings", lambda s, f: {**right(s, f), "rope.freq_base": 500000.0})
 
 
 def nan_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = to_gguf._data
-    monkeypatch.setattr(to_gguf, "_data", lambda s, t: right(s, t) * (np.nan if t.name == "output_norm.weight" else 1))
+    right = to_gguf._lay_out
+
+    def broken(source: Source, weight: Any, tensor: Any) -> Any:
+        data, values = right(source, weight, tensor)
+        return data * (np.nan if tensor.name == "output_norm.weight" else 1), values
+
+    monkeypatch.setattr(to_gguf, "_lay_out", broken)
 
 
 def shifted_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
