@@ -1,13 +1,13 @@
 """What llama.cpp calls the weights and settings of every family, and what it computes for it: one row per family.
 
-A row is taken from the model's class in config.json. Everything that config.json can say and that changes what the
+Everything that config.json can say and that changes what the
 model computes is either written into the file or checked against what llama.cpp's graph does: nothing is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgewright.errors import BadInput
@@ -23,7 +23,7 @@ NO_SINK = -1e30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What llama.cpp makes of a model class.
+    """What llama.cpp makes of a family.
 
     Weights are named without their ends `.weight` and `.bias`, which stay the same.
     """
@@ -110,20 +110,20 @@ def family_of(source: Source) -> Family:
         BadInput: EW-505 names what it does not compute.
     """
     config = source.config
-    names = config.get("architectures") or [None]
-    family = FAMILIES.get(names[0])
-    if family is None or len(names) > 1:
-        raise refuse(source, f"'architectures' in config.json names {names}", " or ".join(FAMILIES), names)
+    kind = config.get("model_type")
+    family = FAMILIES.get(kind)
+    if family is None:
+        raise refuse(source, f"it has no graph for the family {kind!r}", ", ".join(map(str, FAMILIES)), kind)
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
         if not isinstance(config.get(key), int) or config[key] < 1:
             raise refuse(source, f"{key!r} in config.json", "a positive number", config.get(key))
-    other = {kind for kind in config.get("layer_types") or []} - {"full_attention", "sliding_attention"}
+    other = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
     if other:
         raise refuse(source, "'layer_types' in config.json", "full_attention or sliding_attention", sorted(other))
     if any(windows(config)) and family.window is None:
-        if names[0] not in WINDOWED:
+        if kind not in WINDOWED:
             raise refuse(source, "'sliding_window' in config.json", "none", config["sliding_window"])
-        family = WINDOWED[names[0]]
+        family = WINDOWED[kind]
     for key, legal in family.rules.items():
         if config.get(key) not in legal:
             raise refuse(source, f"{key!r} in config.json", " or ".join(map(repr, legal)), config.get(key))
@@ -186,9 +186,7 @@ def _windowed_settings(source: Source) -> dict[str, Setting]:
 
 def _no_sinks(source: Source) -> dict[str, list[float]]:
     heads, _ = head_counts(source.config)
-    return {
-        f"blk.{index}.attn_sinks.weight": [NO_SINK] * heads for index in range(source.config["num_hidden_layers"])
-    }
+    return {f"blk.{index}.attn_sinks.weight": [NO_SINK] * heads for index in range(source.config["num_hidden_layers"])}
 
 
 def _soft_caps(source: Source) -> dict[str, Setting]:
@@ -283,15 +281,15 @@ _GEMMA = Family(
 _GEMMA2_RULES = {"hidden_activation": _TANH_GELU, "use_bidirectional_attention": (None, False)}
 
 FAMILIES: dict[str | None, Family] = {
-    "LlamaForCausalLM": _LLAMA,
-    "MistralForCausalLM": _LLAMA,
-    "Qwen2ForCausalLM": _QWEN2,
-    "Qwen3ForCausalLM": replace(_QWEN2, arch="qwen3", layer={**_LLAMA_LAYER, **_HEAD_NORMS}, free_heads=True),
-    "SmolLM3ForCausalLM": replace(
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _QWEN2,
+    "qwen3": replace(_QWEN2, arch="qwen3", layer={**_LLAMA_LAYER, **_HEAD_NORMS}, free_heads=True),
+    "smollm3": replace(
         _QWEN2, arch="smollm3", paired=True, free_heads=True, check=_check_smollm3
     ),
-    "GemmaForCausalLM": _GEMMA,
-    "Gemma2ForCausalLM": replace(
+    "gemma": _GEMMA,
+    "gemma2": replace(
         _GEMMA,
         arch="gemma2",
         layer={**_ATTENTION, **_GATED, **_SANDWICH},
@@ -300,7 +298,7 @@ FAMILIES: dict[str | None, Family] = {
         settings=_gemma_settings,
         check=_check_gemma2,
     ),
-    "Gemma3ForCausalLM": replace(
+    "gemma3_text": replace(
         _GEMMA,
         arch="gemma3",
         layer={**_ATTENTION, **_GATED, **_SANDWICH, **_HEAD_NORMS},
@@ -311,7 +309,7 @@ FAMILIES: dict[str | None, Family] = {
         settings=_gemma_settings,
         check=_check_gemma3,
     ),
-    "PhiForCausalLM": Family(
+    "phi": Family(
         arch="phi2",
         layer=_same(
             input_layernorm="attn_norm",
@@ -330,8 +328,8 @@ FAMILIES: dict[str | None, Family] = {
         free_heads=False,
         tied_output=False,
     ),
-    "Phi3ForCausalLM": _PHI3,
-    "GPT2LMHeadModel": Family(
+    "phi3": _PHI3,
+    "gpt2": Family(
         arch="gpt2",
         layer=_same(
             ln_1="attn_norm",
@@ -358,12 +356,12 @@ FAMILIES: dict[str | None, Family] = {
         free_heads=False,
     ),
 }  # fmt: skip
-"""By the model class in config.json."""
+"""By `model_type` in config.json, from which transformers takes the class of the model."""
 
 WINDOWED: dict[str | None, Family] = {
-    "MistralForCausalLM": _WINDOWED_LLAMA,
-    "Qwen2ForCausalLM": _WINDOWED_LLAMA,
-    "Phi3ForCausalLM": replace(
+    "mistral": _WINDOWED_LLAMA,
+    "qwen2": _WINDOWED_LLAMA,
+    "phi3": replace(
         _WINDOWED_LLAMA,
         layer={
             **_PHI3_SHARED,

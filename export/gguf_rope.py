@@ -14,6 +14,9 @@ from edgewright.export.source import Source
 Rope = dict[str, Any]
 """The rotary positions of config.json; `original` is the length before any stretching."""
 
+SMALLEST_CACHE = 256
+"""Tokens of the smallest cache of llama.cpp; a LongRoPE model with less would never use its short factors."""
+
 _YARN_FIXED = {"beta_fast": (None, 32, 32.0), "beta_slow": (None, 1, 1.0), "truncate": (None, True)}
 """What llama.cpp's YaRN computes, whatever a file says."""
 
@@ -127,6 +130,13 @@ def _yarn(source: Source, rope: Rope) -> dict[str, Setting]:
 def _longrope(source: Source, rope: Rope) -> dict[str, Setting]:
     """LongRoPE (arXiv:2402.13753): one set of factors up to the original length, another beyond."""
     original = int(rope["original"])
+    if original < SMALLEST_CACHE:
+        raise refuse(
+            source,
+            "'original_max_position_embeddings' in config.json: it takes the long factors for any larger cache",
+            f"at least {SMALLEST_CACHE}, its smallest cache",
+            original,
+        )
     factor = rope.get("factor") or source.config["max_position_embeddings"] / original
     wanted = rope.get("attention_factor")
     if wanted is None:

@@ -58,7 +58,9 @@ SEARCHED = frozenset({"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"})
 """Types whose codes ggml searches for, by importance where that is known; no lattice of a checkpoint survives that."""
 
 HOLDERS = tuple(
-    width for width in ("tq2_0", "q2_0", "q4_0", "q4_1", "q5_0", "q8_0", "f16", "f32") if width in {*FORMATS, "f16", "f32"}
+    width
+    for width in ("tq2_0", "q2_0", "q4_0", "q4_1", "q5_0", "q8_0", "f16", "f32")
+    if width in {*FORMATS, "f16", "f32"}
 )
 """What takes a quantized weight that the width asked for does not hold: the first of these, no narrower, that does.
 The ternary type that is narrower still is left out, since it runs at half the speed."""

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import numpy as np
 
 from edgewright.errors import BadInput
-from edgewright.export.guard import check_gguf
+from edgewright.export.gguf_file import GgufFile, open_gguf
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.machine import available_cores
 
 MAX_CONTEXT = 4096
 """Tokens of cache at most, unless asked for more: a cache for all that a model could hold may not fit in memory."""
 BATCH = 512
+CACHE_STEP = 256
+"""llama.cpp rounds the size of a cache up to a multiple of this."""
+HALF_GELU = frozenset({"gemma", "gemma2", "gemma3", "gpt2", "phi2", "starcoder2"})
+"""Graphs with a tanh GELU, which llama.cpp looks up in a table of half-precision values on a processor."""
 _F32 = 0
 
 _problems: list[str] = []
@@ -33,13 +36,28 @@ def _keep_problems(level: int, text: bytes, unused: Any) -> None:
 
 
 class LlamaCppSession(Session):
-    """A GGUF file. Keys and values are cached in float32 and flash attention is off, so that logits can be compared."""
+    """A GGUF file. Keys and values are cached in float32 and flash attention is off, so that logits can be compared.
+
+    Args:
+        path: the file.
+        threads: by default all cores.
+        context_length: tokens of cache; by default at most `MAX_CONTEXT`, and no more than the short factors of a
+            LongRoPE model cover: llama.cpp chooses between short and long once, by the size of the cache.
+        gpu_layers: so many layers, the last ones first, are computed on a GPU; -1 stands for all.
+
+    Raises:
+        BadInput: EW-535, layers for a GPU in a build of llama.cpp that has none; EW-604, it cannot open the file.
+    """
 
     runtime = "llamacpp"
 
-    def __init__(self, path: Path, *, threads: int | None = None, context_length: int | None = None) -> None:
-        check_gguf(path)
+    def __init__(
+        self, path: Path, *, threads: int | None = None, context_length: int | None = None, gpu_layers: int = 0
+    ) -> None:
+        file = open_gguf(path)
         self.path = path
+        if gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            raise _no_gpu(path, gpu_layers)
         _problems.clear()
         llama_cpp.llama_log_set(_keep_problems, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -47,30 +65,31 @@ class LlamaCppSession(Session):
         self._model: Any = None
         self._batch: Any = None
         settings = llama_cpp.llama_model_default_params()
-        settings.n_gpu_layers = 0
+        settings.n_gpu_layers = gpu_layers
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         if not self._model:
             raise _refused(path)
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
         trained = int(llama_cpp.llama_model_n_ctx_train(self._model))
-        self.context_length = min(trained, context_length or MAX_CONTEXT)
-        self._open_context(threads or available_cores())
+        self.context_length = min(trained, context_length or min(MAX_CONTEXT, _short_reach(file) or MAX_CONTEXT))
+        self._open_context(threads or available_cores(), on_gpu=gpu_layers != 0)
         self._length = 0
-        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=_all_f32(path))
+        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=_computes_in_float32(file))
         is_end = llama_cpp.llama_vocab_is_eog
         self.eos_ids = frozenset(token for token in range(self.vocab_size) if is_end(self._vocabulary, token))
         bos = int(llama_cpp.llama_vocab_bos(self._vocabulary))
         self.start_id = bos if bos >= 0 else int(llama_cpp.llama_vocab_eos(self._vocabulary))
 
-    def _open_context(self, threads: int) -> None:
+    def _open_context(self, threads: int, *, on_gpu: bool) -> None:
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx = self.context_length
         settings.n_batch = settings.n_ubatch = min(BATCH, self.context_length)
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = _F32
         settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        settings.offload_kqv = settings.op_offload = False
+        settings.offload_kqv = settings.op_offload = on_gpu
+        settings.swa_full = True  # keeps what has left a sliding window, so that the cache can be cut back
         settings.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
@@ -210,9 +229,30 @@ def _sampler(temperature: float, seed: int) -> Any:
     return chain
 
 
-def _all_f32(path: Path) -> bool:
-    """llama.cpp rounds or quantizes activations to suit every matrix that is not float32."""
-    return all(tensor.tensor_type == gguf.GGMLQuantizationType.F32 for tensor in gguf.GGUFReader(path).tensors)
+def _short_reach(file: GgufFile) -> int | None:
+    """The largest cache for the short factors of a LongRoPE model; None for other models."""
+    arch = file.settings["general.architecture"]
+    reach = file.settings.get(f"{arch}.rope.scaling.original_context_length")
+    if "rope_factors_short.weight" not in file.tensors or not isinstance(reach, int):
+        return None
+    return reach // CACHE_STEP * CACHE_STEP
+
+
+def _computes_in_float32(file: GgufFile) -> bool:
+    """llama.cpp rounds or quantizes activations to suit every matrix that is not float32, and some functions."""
+    whole = file.settings["general.architecture"] not in HALF_GELU
+    return whole and all(tensor.kind == "f32" for tensor in file.tensors.values())
+
+
+def _no_gpu(path: Path, layers: int) -> BadInput:
+    return BadInput(
+        "EW-535",
+        "this llama.cpp was built without a GPU",
+        where=path.absolute(),
+        expected="a build for CUDA, Vulkan or Metal",
+        found=f"{layers} layers for a GPU, and a build for processors only",
+        fix="install llama-cpp-python with CMAKE_ARGS=-DGGML_CUDA=on, or leave the layers to the processor",
+    )
 
 
 def _refused(path: Path, what: str = "llama.cpp cannot open this file") -> BadInput:

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,8 +236,12 @@ def test_missing_weights_are_not_made_up(ternary_model, tmp_path):
 def test_what_llama_cpp_cannot_open_is_quoted(ternary_model, tmp_path, monkeypatch):
     from edgewright.export import to_gguf
 
-    right = to_gguf._target
-    monkeypatch.setattr(to_gguf, "_target", lambda name: right(name).replace("ffn_gate", "ffn_wrong"))
+    right = to_gguf._targets
+
+    def wrong(*arguments: Any) -> Any:
+        return [(name.replace("ffn_gate", "ffn_wrong"), rows) for name, rows in right(*arguments)]
+
+    monkeypatch.setattr(to_gguf, "_targets", wrong)
     write(load_source(ternary_model), tmp_path / "m.gguf", quant="f32")
     with pytest.raises(BadInput, match="EW-604") as error:
         open_session(tmp_path / "m.gguf")
