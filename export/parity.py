@@ -1,37 +1,61 @@
 """The gate: an exported file is the model it was made from, or it is refused.
 
-Two questions are asked. Does the file hold the checkpoint's lattice, bit for bit, when an independent reader takes it
-apart? And does its own runtime compute what the checkpoint computes, in prefill and in cached decoding?
+Two guards, each of which refuses alone. Does the file hold the checkpoint's weights, bit for bit, when an independent
+reader takes it apart (`identity.py`)? And does its own runtime compute what the checkpoint computes, in prefill and in
+cached decoding (`reference.py`, `compare.py`), within the limits of its widths (`limits.py`)?
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from edgewright.export.artifact import SCHEMA_VERSION, digest, read_entry
+from edgewright.export.artifact import SCHEMA_VERSION
+from edgewright.export.claims import read_claims
 from edgewright.export.compare import Comparison, compare
-from edgewright.export.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, kl_limit
+from edgewright.export.identity import differences
+from edgewright.export.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, Limit, limit_for
+from edgewright.export.reference import Reading, Reference, read_again, read_reference
 from edgewright.export.runtimes.opening import TARGET_OF, open_session, runtime_of
+from edgewright.export.runtimes.session import Session
 from edgewright.export.source import Source, load_source
+
+if TYPE_CHECKING:
+    from edgewright.export.runtimes.torch_session import TorchSession
+    from edgewright.export.weights_only import WeightsOnly
+
+FULL_CONTEXT_WORK = 1e11
+"""Tokens times parameters that reading a context to its end may cost: 512 tokens of a model of 200 million."""
+
+MAX_TEXTS = 8
+"""Documents of `verify --data` that are read."""
+
+MAX_CHARACTERS = 4096
+"""Of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """What the gate measured and decided. The fields of `Comparison`, the lattice, and the verdict."""
+    """What the gate measured and decided. The fields of `Comparison`, the weights, and the verdict."""
 
     path: Path
     against: Path
     max_abs_diff: float | None
     kl: float | None
     kl_ci: tuple[float, float] | None
+    kl_by_way: dict[str, float | None]
+    kl_weights: float | None
+    kl_runtime: float | None
     kl_limit: float
+    perplexity_ratio: float | None
     top1_agreement: float
+    top1_regret: float | None
     greedy_identity: bool
+    greedy_agreement: float
     tokenizer_identity: bool
     lattice_identity: bool
     tokens: int
@@ -51,27 +75,45 @@ class Parity:
 
 
 def verify(
-    artifact: Path | str, *, against: Path | str, max_kl: float | None = None, threads: int | None = None
+    artifact: Path | str,
+    *,
+    against: Path | str,
+    max_kl: float | None = None,
+    threads: int | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
 ) -> Parity:
-    """Compare an exported file or folder with a checkpoint.
+    """Compare an exported file or folder with a checkpoint. Any file will do, with a manifest or without.
 
     Args:
-        artifact: a .gguf file (or a folder with exactly one), or an ONNX Runtime GenAI folder.
+        artifact: what `open_session` opens.
         against: the Hugging Face directory that it was made from.
-        max_kl: limit for the mean KL, in the place of the one for the width.
+        max_kl: limit for the mean KL, in the place of those for the widths.
         threads: of both runtimes.
+        data: text files (patterns) to compare on, in the place of the built-in texts: the first 8 documents.
 
     Returns:
         What was measured, with `gate` "passed" or "failed"; a failed gate is no exception here.
-    """
-    from edgewright.export.targets import reader_of
 
+    Raises:
+        BadInput: EW-557, the file has a width without a limit; EW-559, its manifest cannot be understood; what the
+            reader, the runtime or the checkpoint refuse.
+    """
     runtime, path = runtime_of(Path(artifact))
     to = TARGET_OF[runtime]
-    entry = read_entry(path)
-    widths = _described(entry) if entry is not None else reader_of(to).widths(path)
-    said = {} if entry is None else {"kept": entry["lattice"], "digests": entry.get("digests", {})}
-    return judge(path, to, widths, load_source(against), max_kl=max_kl, threads=threads, **said)
+    source = load_source(against)
+    claims = read_claims(path, to, source)
+    return judge(
+        path,
+        to,
+        claims.widths,
+        source,
+        kept=claims.kept,
+        digests=claims.digests,
+        max_kl=max_kl,
+        threads=threads,
+        texts=None if data is None else _texts([data] if isinstance(data, str | Path) else data),
+        objections=claims.contradictions,
+    )
 
 
 def judge(
@@ -84,6 +126,9 @@ def judge(
     digests: Mapping[str, str] | None = None,
     max_kl: float | None = None,
     threads: int | None = None,
+    texts: Mapping[str, str] | None = None,
+    reference: Reference | None = None,
+    objections: Sequence[str] = (),
 ) -> Parity:
     """The gate itself.
 
@@ -93,23 +138,75 @@ def judge(
         widths: all widths in which its matrices are stored.
         source: the checkpoint.
         kept, digests: as in `differences`.
-        max_kl: limit for the mean KL, in the place of the one for the widths.
+        max_kl: limit for the mean KL, in the place of those for the widths.
         threads: of both runtimes.
+        texts: real texts by name, in the place of the built-in ones.
+        reference: what the checkpoint says, if it was read before (`reference_of`).
+        objections: what else speaks against the file.
     """
-    unequal = differences(path, to, source, kept=kept, digests=digests)
-    with open_session(source.directory, threads=threads) as reference, open_session(path, threads=threads) as session:
-        measured = compare(reference, session)
-        limit = kl_limit(widths, fp32_compute=session.capabilities.fp32_compute) if max_kl is None else max_kl
-    reasons = [*_lattice_reasons(unequal), *_reasons(measured, widths, limit, overridden=max_kl is not None)]
+    from edgewright.export.runtimes.torch_session import TorchSession
+    from edgewright.export.weights_only import WeightsOnly
+
+    with TorchSession(source.directory, threads=threads) as torch:  # closed before the file's runtime opens
+        reference = reference or _read_reference(torch, source, texts)
+        weights = WeightsOnly(torch.model, source)
+        unequal = differences(path, to, source, kept=kept, digests=digests, each=weights)
+        own = _with_its_weights(torch, weights, reference)
+    with open_session(path, threads=threads) as session:
+        measured = compare(reference, session, own)
+        limit = None if max_kl is not None else limit_for(widths, fp32_compute=session.capabilities.fp32_compute)
+    allowed = max_kl if limit is None else limit.kl
+    assert allowed is not None
+    reasons = [*objections, *_lattice_reasons(unequal), *_reasons(measured, widths, allowed, limit)]
     return Parity(
         path=path,
         against=source.directory,
         **asdict(measured),
-        kl_limit=limit,
+        kl_limit=allowed,
         lattice_identity=not unequal,
         gate="failed" if reasons else "passed",
         reasons=reasons,
     )
+
+
+def reference_of(source: Source, *, threads: int | None = None, texts: Mapping[str, str] | None = None) -> Reference:
+    """What a checkpoint says on the gate's texts, to judge several files by."""
+    with open_session(source.directory, threads=threads) as session:
+        return _read_reference(session, source, texts)
+
+
+def _read_reference(session: Session, source: Source, texts: Mapping[str, str] | None) -> Reference:
+    context = _affordable_context(source)
+    return read_reference(session, texts=texts, specials=_special_tokens(source), full_context=context)
+
+
+def _with_its_weights(session: TorchSession, weights: WeightsOnly, reference: Reference) -> dict[str, Reading] | None:
+    """What the checkpoint says with the file's weights; None where they do not fit its model."""
+    if not weights.complete:
+        return None
+    return read_again(session, reference) if weights.changed else reference.readings
+
+
+def _special_tokens(source: Source) -> list[int]:
+    added = source.tokenizer.get("added_tokens") or []
+    limit = int(source.config["vocab_size"])
+    return [token["id"] for token in added if token.get("special") and 0 <= token["id"] < limit]
+
+
+def _affordable_context(source: Source) -> int:
+    parameters = sum(prod(source.shape(name)) for name in source.names)
+    return int(FULL_CONTEXT_WORK / parameters)
+
+
+def _texts(patterns: Sequence[str | Path]) -> dict[str, str]:
+    """The beginnings of the first documents."""
+    from edgewright.data import FilesData, iterate_documents
+
+    files = FilesData(files=tuple(str(pattern) for pattern in patterns))
+    return {name: text[:MAX_CHARACTERS] for name, text in islice(iterate_documents(files), MAX_TEXTS)}
+
+
+# ---------------------------------------------------------------- the verdict
 
 
 def _lattice_reasons(unequal: list[str]) -> list[str]:
@@ -119,17 +216,46 @@ def _lattice_reasons(unequal: list[str]) -> list[str]:
     return [f"the file does not hold the checkpoint's lattice: {'; '.join(unequal[:3])}{more}"]
 
 
-def _reasons(measured: Comparison, widths: set[str], limit: float, *, overridden: bool) -> list[str]:
-    """What speaks against the file, apart from its lattice."""
+def _reasons(measured: Comparison, widths: set[str], allowed: float, limit: Limit | None) -> list[str]:
+    """What speaks against the file, apart from its weights. Without a `limit` the user's own KL alone decides."""
     reasons = []
     if not measured.tokenizer_identity:
         reasons.append("the runtime splits text into other tokens than the checkpoint's tokenizer")
-    if measured.kl is None or measured.max_abs_diff is None:
+    if measured.kl is None:
         return [*reasons, "the runtime gives logits that are not finite"]
-    if measured.kl > limit:
+    if measured.kl > allowed:
         advice = "; train with the ternary method, or choose q8_0 or int8" if widths & TERNARY else ""
-        reasons.append(f"the mean KL to the checkpoint is {measured.kl:.3g}, the limit is {limit:.3g}{advice}")
-    if widths <= LOSSLESS and not overridden:
+        way = next(way for way, mean in measured.kl_by_way.items() if mean == measured.kl)
+        reasons.append(
+            f"the mean KL to the checkpoint is {measured.kl:.3g} ({way}), the limit is {allowed:.3g}{advice}"
+        )
+    if limit is not None:
+        reasons += _judged_by_width(measured, widths, limit)
+    return reasons
+
+
+def _judged_by_width(measured: Comparison, widths: set[str], limit: Limit) -> list[str]:
+    """Whatever the table says besides the KL to the checkpoint."""
+    assert measured.max_abs_diff is not None and measured.perplexity_ratio is not None  # as finite as the KL
+    assert measured.top1_regret is not None
+    ratio = max(measured.perplexity_ratio, 1 / measured.perplexity_ratio)
+    reasons = []
+    if measured.kl_runtime is not None and measured.kl_runtime > limit.runtime:
+        reasons.append(
+            f"the runtime does not compute what the file's weights say: its mean KL to them is "
+            f"{measured.kl_runtime:.3g}, the limit is {limit.runtime:.3g}"
+        )
+    if ratio > limit.perplexity:
+        reasons.append(
+            f"the perplexity on real text is {measured.perplexity_ratio:.4g} times the checkpoint's, "
+            f"the limit is {limit.perplexity:.4g}"
+        )
+    if measured.top1_regret > limit.regret:
+        reasons.append(
+            f"its first choices are worse than the checkpoint's by {measured.top1_regret:.3g} nats, "
+            f"the limit is {limit.regret:.3g}"
+        )
+    if widths <= LOSSLESS:
         if measured.max_abs_diff > MAX_ABS_DIFF:
             reasons.append(f"logits differ by up to {measured.max_abs_diff:.3g}, the limit is {MAX_ABS_DIFF:.3g}")
         if measured.top1_agreement < 1:
@@ -137,73 +263,3 @@ def _reasons(measured: Comparison, widths: set[str], limit: float, *, overridden
         if not measured.greedy_identity:
             reasons.append("greedy generation gives other tokens than the checkpoint")
     return reasons
-
-
-def _described(entry: dict[str, Any]) -> set[str]:
-    """All widths that a manifest names."""
-    stored = {fallback["quant"] for fallback in entry["fallbacks"]}
-    return {entry["quant"], entry["embedding_quant"], *stored}
-
-
-# ---------------------------------------------------------------- what the file holds
-
-
-def differences(
-    path: Path,
-    to: str,
-    source: Source,
-    *,
-    kept: Mapping[str, str] | None = None,
-    digests: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Where a file is not what its checkpoint and its manifest say, in words; empty when it is, bit for bit.
-
-    Args:
-        path: the file or folder; its target's own reader takes it apart, without the code that wrote it.
-        to: its target.
-        source: the checkpoint.
-        kept: what the manifest says about each lattice (`Written.lattice`); None without a manifest, when a scale may
-            be rounded to fp16.
-        digests: what each matrix must give back (`Written.digests`).
-    """
-    from edgewright.export.targets import reader_of
-
-    found, seen, digests = [], set(), digests or {}
-    for name, values in reader_of(to).read_weights(path, source):
-        seen.add(name)
-        reason = _difference(name, values, source, kept, digests.get(name))
-        if reason is not None:
-            found.append(f"{name} {reason}")
-    missing = sorted({*source.lattice, *digests} - seen)
-    return found + [f"{name} is not in the file" for name in missing]
-
-
-def _difference(
-    name: str, values: np.ndarray, source: Source, kept: Mapping[str, str] | None, expected: str | None
-) -> str | None:
-    """What is wrong with one weight, or None."""
-    if values.ndim == 1 and name in source.files:
-        return _unequal(values, _as_wide_as(values, source.tensor(name)))
-    if expected is not None and digest(values) != expected:
-        return "is not what was laid out"
-    if name not in source.lattice or name in source.calibrated:
-        return None
-    right = source.lattice[name]
-    if kept is None and _unequal(values, right.dequantize()):
-        right = right.scales_rounded(np.float16)
-    if kept is None or kept.get(name) == "exact":
-        return _unequal(values, right.dequantize())
-    return None
-
-
-def _as_wide_as(values: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """A norm or bias rounded to half precision, where the file's values are."""
-    half = right.astype(np.float16).astype(np.float32)
-    return half if np.array_equal(values, half) else right
-
-
-def _unequal(values: np.ndarray, right: np.ndarray) -> str | None:
-    if values.shape != right.shape:
-        return f"has the shape {values.shape}, not {right.shape}"
-    wrong = np.count_nonzero(values != right)
-    return f"differs in {wrong} of {values.size} values" if wrong else None

@@ -18,8 +18,20 @@ from edgewright.export import to_gguf
 from edgewright.export.artifact import Written, read_entry
 from edgewright.export.compare import Comparison, compare
 from edgewright.export.parity import differences, judge
+from edgewright.export.reference import read_reference
 from edgewright.export.runtimes import open_session
 from edgewright.export.source import Source, load_source
+
+WAYS = {
+    "prefill",
+    "short prefill",
+    "special tokens",
+    "pieces",
+    "decoding",
+    "after a rewind",
+    "full context",
+    "full context, decoding",
+}
 
 
 def gguf_export(model: Path, out: Path, quant: str = "tq2_0", **settings: Any) -> Any:
@@ -48,7 +60,9 @@ def test_a_ternary_file_is_certified(certified, ternary_model):
     assert parity["tokenizer_identity"]
     assert parity["kl_ci"][0] <= parity["kl"] <= parity["kl_ci"][1]
     assert 0 < parity["kl"] <= 5e-3
-    assert parity["tokens"] == 256
+    assert set(parity["kl_by_way"]) == WAYS
+    assert parity["tokens"] > 480
+    assert parity["kl_weights"] < 1e-6 < parity["kl_runtime"]  # the codes are exact, the embedding is half precision
     assert certified.to_json()["schema_version"] == 1
 
 
@@ -321,43 +335,22 @@ def test_nothing_else_is_overwritten(ternary_model, tmp_path):
 
 
 def test_a_session_is_itself(ternary_model):
-    with open_session(ternary_model, threads=1) as one, open_session(ternary_model, threads=1) as other:
-        found = compare(one, other, tokens=48, greedy=12)
+    with open_session(ternary_model, threads=1) as session:
+        reference = read_reference(session)
+        found = compare(reference, session, reference.readings)
     assert found.max_abs_diff is not None and found.max_abs_diff < 1e-4
     assert found.kl is not None and found.kl < 1e-9
-    assert (found.top1_agreement, found.greedy_identity, found.tokenizer_identity, found.tokens) == (
-        1.0,
-        True,
-        True,
-        48,
-    )
+    assert (found.kl_weights, found.greedy_agreement, found.tokenizer_identity) == (0.0, 1.0, True)
+    assert (found.top1_agreement, found.top1_regret, found.greedy_identity) == (1.0, 0.0, True)
+    assert found.perplexity_ratio == pytest.approx(1, abs=1e-6)
+    assert set(found.kl_by_way) == WAYS - {"special tokens", "full context", "full context, decoding"}
 
 
 def test_different_vocabularies_cannot_be_compared(ternary_model, awkward_model):
-    with (
-        open_session(ternary_model, threads=1) as one,
-        open_session(awkward_model, threads=1) as other,
-        pytest.raises(BadInput, match="EW-607"),
-    ):
-        compare(one, other)
-
-
-def test_kl_is_that_of_torch():
-    import torch
-
-    from edgewright.export.compare import _interval, _kl
-
-    draw = np.random.default_rng(0)
-    right, found = (draw.standard_normal((50, 40)).astype(np.float32) * 3 for _ in range(2))
-    expected = torch.nn.functional.kl_div(
-        torch.from_numpy(found).log_softmax(1),
-        torch.from_numpy(right).log_softmax(1),
-        log_target=True,
-        reduction="none",
-    ).sum(1)
-    assert np.allclose(_kl(right, found), expected.numpy(), rtol=1e-4)
-    low, high = _interval(_kl(right, found))
-    assert low < float(expected.mean()) < high
+    with open_session(ternary_model, threads=1) as one:
+        reference = read_reference(one)
+    with open_session(awkward_model, threads=1) as other, pytest.raises(BadInput, match="EW-607"):
+        compare(reference, other)
 
 
 def test_a_ternary_file_in_a_runtime_of_full_precision_has_the_tight_limit(ternary_model, tmp_path):
