@@ -12,8 +12,9 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.architecture import Architecture, read_architecture, read_config
+from edgewright.export.detection import detect_lattice
 from edgewright.export.guard import MAX_INDEX_BYTES, check_model_directory, read_json
-from edgewright.export.lattice import SIDECAR, LatticeTensor, detect_ternary, load_sidecar
+from edgewright.export.lattice import SIDECAR, LatticeTensor, load_sidecar
 from edgewright.export.tokenizer_files import open_tokenizer, read_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Source:
     """The names in `lattice` that come from calibration, not from the checkpoint: rounded, but with care."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Mean square of each input column of a linear layer on calibration text, by weight name: float32 `[in]`."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """What calibration did, for the manifest; empty without."""
 
     @property
     def name(self) -> str:
@@ -299,7 +302,7 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 def _detected(source: Source) -> dict[str, LatticeTensor]:
     """The linear weights whose values turn out to lie on a lattice; read one after the other."""
-    found = {name: detect_ternary(source.matrix(name)) for name in source.linears}
+    found = {name: detect_lattice(source.matrix(name)) for name in source.linears}
     return {name: lattice for name, lattice in found.items() if lattice is not None}
 
 
