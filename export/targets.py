@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +53,13 @@ TARGETS = {
         embedding_quants=("f32", "f16", "q8_0", "q4_0"),
         suffix=".gguf",
     ),
+    "onnx": Target(
+        module="edgewright.export.to_onnx",
+        reader="edgewright.export.onnx_plain_reader",
+        quants=("fp32", "fp16", "bf16", "int8", "int4", "ternary"),
+        embedding_quants=("fp32", "fp16", "bf16", "int8", "int4", "ternary"),
+        suffix=None,
+    ),
     "genai": Target(
         module="edgewright.export.to_genai",
         reader="edgewright.export.onnx_reader",
@@ -81,6 +88,8 @@ def export(
     verify: bool = True,
     max_kl: float | None = None,
     budget_mb: float | None = None,
+    calibrate: Sequence[Path | str] | None = None,
+    method: str = "gptq",
     threads: int | None = None,
     say: Callable[[str], None] = _quiet,
 ) -> Artifact:
@@ -95,23 +104,27 @@ def export(
         embedding_quant: the width of token embedding and head; None takes the target's default.
         verify: whether to run the gate; without it the manifest says "skipped".
         max_kl: the gate's limit for the mean KL, in the place of the one for the width.
-        budget_mb: the most that the artifact may weigh, in 10**6 bytes.
+        budget_mb: the most that the artifact may weigh, in 10**6 bytes; with `calibrate` and a width of 4 bits it is
+            spent on 8 bits where that helps most.
+        calibrate: text to calibrate the rounding on, files or patterns; never the text that the result is judged on.
+        method: how, a key of `calibrate.METHODS`.
         threads: of the runtimes in the gate.
         say: gets a line about progress now and then.
 
     Raises:
         RecipeError: EW-501 to EW-503, no such target or width; EW-509, `out` is something else already.
-        BadInput: the model directory, or what the target cannot hold.
+        BadInput: the model directory, or what the target cannot hold; EW-550 to EW-555 for calibration.
         GateFailed: EW-504, the file is not the model; EW-510, it is over the budget; EW-511, "best" found nothing.
             Nothing was left behind.
         OutOfResources: EW-401, the disk is full.
     """
+    from edgewright.export.calibrated import calibrated_source
     from edgewright.export.source import load_source
 
     if to == BEST:
         from edgewright.export.best import best
 
-        _refuse_choices(quant, embedding_quant, verify)
+        _refuse_choices(quant, embedding_quant, verify, calibrate)
         return best(load_source(model), out=Path(out), budget_mb=budget_mb, max_kl=max_kl, threads=threads, say=say)
     target = _target(to, quant, embedding_quant)
     assert quant is not None
@@ -120,11 +133,31 @@ def export(
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         with staged(final) as place:
+            if calibrate is not None:
+                source, embedding_quant = calibrated_source(
+                    source, to=to, quant=quant, embedding_quant=embedding_quant, files=calibrate, method=method,
+                    budget_mb=budget_mb, plain_bytes=_weigher(source, place, to, quant), threads=threads, say=say,
+                )  # fmt: skip
             made = make(source, place, to=to, quant=quant, embedding_quant=embedding_quant, verify=verify,
                         max_kl=max_kl, threads=threads)  # fmt: skip
             _check_budget(made.entry, budget_mb)
             install(made, final)
     return made.artifact(final)
+
+
+def _weigher(source: Source, place: Path, to: str, quant: str) -> Callable[[str | None], int]:
+    """What the artifact weighs without calibration, by the width of its embedding: it is written, and removed again."""
+
+    def weigh(embedding_quant: str | None) -> int:
+        try:
+            importlib.import_module(TARGETS[to].module).write(
+                source, place, quant=quant, embedding_quant=embedding_quant
+            )
+            return size_of(place)
+        finally:
+            _remove(place)
+
+    return weigh
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,9 +211,16 @@ def install(made: Made, final: Path) -> None:
         write_entry(final, made.entry)
 
 
-def _refuse_choices(quant: str | None, embedding_quant: str | None, verify: bool) -> None:
+def _refuse_choices(
+    quant: str | None, embedding_quant: str | None, verify: bool, calibrate: Sequence[Path | str] | None
+) -> None:
     """`best` chooses widths itself, and only among proven files."""
-    given = {"--quant": quant, "--embedding-quant": embedding_quant, "--no-verify": None if verify else True}
+    given = {
+        "--quant": quant,
+        "--embedding-quant": embedding_quant,
+        "--no-verify": None if verify else True,
+        "--calibrate": calibrate,
+    }
     for option, value in given.items():
         if value is not None:
             raise RecipeError(
@@ -271,6 +311,7 @@ def _entry(place: Path, to: str, quant: str, written: Written, source: Source, p
         "fallbacks": [asdict(fallback) for fallback in written.fallbacks],
         "lattice": written.lattice,
         "digests": written.digests,
+        "calibration": dict(source.calibration) or None,
         "gate": "skipped" if parity is None else parity.gate,
         "parity": None if parity is None else parity.measured(),
         "versions": {"edgewright": version("edgewright"), **written.versions},

@@ -256,6 +256,10 @@ def export(
     embedding_quant: Annotated[str | None, typer.Option(help="Width of token embedding and output head.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit of the gate, nats per token.")] = None,
     budget_mb: Annotated[float | None, typer.Option(help="The most that the artifact may weigh, in MB.")] = None,
+    calibrate: Annotated[
+        list[Path] | None, typer.Option(help="Text to calibrate the rounding on; may be given several times.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="How to calibrate: gptq or search.")] = "gptq",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the gate; the manifest says so.")] = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -276,6 +280,8 @@ def export(
             verify=not no_verify,
             max_kl=max_kl,
             budget_mb=budget_mb,
+            calibrate=calibrate,
+            method=method,
             threads=threads,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
