@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgewright.errors import BadInput, GateFailed
-from edgewright.export.artifact import sync
+from edgewright.export.onnx_files import save_graph
 from edgewright.export.source import Source
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 OPSET = 23
 """The first with Attention, RotaryEmbedding and RMSNormalization; at 24 the exporter takes the last two apart again."""
-
-INLINE_BYTES = 1024
-"""Constants up to this size stay in model.onnx; the weights lie in model.onnx.data."""
 
 _PREFIX = "model."
 """What the wrapper puts before the names of the model's state."""
@@ -62,18 +59,15 @@ def trace(source: Source, directory: Path) -> Path:
         BadInput: EW-523, transformers or the exporter cannot turn this model into a graph with a cache.
         GateFailed: EW-521, the graph lacks a weight of the checkpoint or has one too many.
     """
-    import onnx_ir as ir
+    return save_graph(build(source), directory)
 
+
+def build(source: Source) -> ir.Model:
+    """The graph in memory; its weights are read when their bytes are asked for. Errors as `trace`."""
     with _quiet():
         model = _traced(source)
     _attach_weights(model, source)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "model.onnx"
-    ir.save(model, path, external_data="model.onnx.data", size_threshold_bytes=INLINE_BYTES)
-    for file in (path, directory / "model.onnx.data"):
-        file.chmod(0o644)
-        sync(file)
-    return path
+    return model
 
 
 @contextmanager

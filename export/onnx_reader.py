@@ -65,14 +65,30 @@ def widths(folder: Path) -> set[str]:
     return widths | ({"fp32"} if plain else set())
 
 
-def dequantize(packed: np.ndarray, scales: np.ndarray, *, bits: int, columns: int) -> np.ndarray:
-    """float32 `[rows, columns]` of uint8 `packed`, low bits first, zero point `2 ** (bits - 1)`, one scale a block."""
+def dequantize(
+    packed: np.ndarray, scales: np.ndarray, *, bits: int, columns: int, zeros: np.ndarray | None = None
+) -> np.ndarray:
+    """float32 `[rows, columns]` of codes, low bits first, with one scale and one zero point a block.
+
+    Args:
+        packed: uint8, `[rows, ...]`.
+        scales: `[rows, blocks]` in any shape.
+        bits: of a code.
+        columns: the width without the padding of the last block.
+        zeros: zero points, packed like the codes, each row to whole bytes; None stands for `2 ** (bits - 1)`.
+    """
     rows = len(packed)
-    flat = np.unpackbits(packed.reshape(rows, -1), axis=1, bitorder="little").reshape(rows, -1, bits)
-    stored = (flat * (1 << np.arange(bits))).sum(axis=2)
+    stored = _unpacked(packed, rows, bits)
     scales = scales.reshape(rows, -1)
-    values = (stored - (1 << (bits - 1))).astype(np.float32).reshape(rows, scales.shape[1], -1)
-    return (values * scales[:, :, None]).reshape(rows, -1)[:, :columns]
+    zero = np.full_like(scales, 1 << (bits - 1)) if zeros is None else _unpacked(zeros, rows, bits)
+    blocks = stored.astype(np.float32).reshape(rows, scales.shape[1], -1)
+    values = (blocks - zero.astype(np.float32)[:, : scales.shape[1], None]) * scales[:, :, None]
+    return values.reshape(rows, -1)[:, :columns]
+
+
+def _unpacked(packed: np.ndarray, rows: int, bits: int) -> np.ndarray:
+    flat = np.unpackbits(packed.reshape(rows, -1), axis=1, bitorder="little").reshape(rows, -1, bits)
+    return (flat * (1 << np.arange(bits))).sum(axis=2)
 
 
 def _linear(graph: Graph, node: onnx.NodeProto) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""Write an ONNX graph: `model.onnx` beside `model.onnx.data`, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from edgewright.export.artifact import sync
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+
+INLINE_BYTES = 1024
+"""Constants up to this size stay in the graph; the weights lie in the data file, so that 2 GB are no limit."""
+
+PAGE = 4096
+"""Where a tensor of at least one page begins, so that a runtime can map it."""
+
+
+def save_graph(model: ir.Model, directory: Path, *, aliases: Mapping[str, str] | None = None) -> Path:
+    """Write a graph and its data, and check it.
+
+    Args:
+        model: its initializers may be lazy: each is asked for its bytes once, and then forgotten.
+        directory: made if it is not there.
+        aliases: initializers that are the bytes of another one, in another shape: its name by theirs.
+
+    Returns:
+        The path of the graph.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    directory.mkdir(parents=True, exist_ok=True)
+    path, data, aliases = directory / GRAPH, directory / DATA, aliases or {}
+    places: dict[str, tuple[int, int]] = {}
+    with data.open("wb") as file:
+        for value in sorted(model.graph.initializers.values(), key=lambda value: str(value.name) in aliases):
+            name, tensor = str(value.name), value.const_value
+            assert tensor is not None
+            if tensor.nbytes <= INLINE_BYTES:
+                continue
+            places[name] = places[aliases[name]] if name in aliases else _append(file, tensor)
+            offset, length = places[name]
+            value.const_value = ir.ExternalTensor(
+                DATA, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=directory
+            )
+    ir.save(model, path)
+    onnx.checker.check_model(str(path))
+    for written in (path, data):
+        sync(written)
+    return path
+
+
+def _append(file: BinaryIO, tensor: ir.TensorProtocol) -> tuple[int, int]:
+    """Write the bytes of a tensor; where they begin, and how many they are."""
+    content = tensor.tobytes()
+    file.write(bytes(-file.tell() % (PAGE if len(content) >= PAGE else 64)))
+    offset = file.tell()
+    file.write(content)
+    return offset, len(content)
