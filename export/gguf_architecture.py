@@ -49,8 +49,8 @@ class Family:
     """What is added to the weights of norms: Gemma's multiply by 1 + weight, llama.cpp's by the weight."""
     eps: str = "attention.layer_norm_rms_epsilon"
     """The key of the epsilon of norms."""
-    window: str | None = None
-    """How it computes sliding windows: None (not at all), `some` (layers by a pattern) or `any` (it may have none)."""
+    windowed: bool = False
+    """It computes sliding windows, in the layers that the file names."""
     free_heads: bool = True
     """Heads may be of another size than hidden / heads."""
     partial_rotary: bool = False
@@ -95,12 +95,17 @@ def inner_size(config: Config) -> int:
 
 
 def windows(config: Config) -> list[bool]:
-    """For each layer, whether it sees only the last `sliding_window` tokens; all False where no text is that long."""
-    count, window = int(config["num_hidden_layers"]), config.get("sliding_window")
-    if window is None or window >= config["max_position_embeddings"]:
+    """For each layer, whether it sees only the last `sliding_window` tokens."""
+    count = int(config["num_hidden_layers"])
+    if config.get("sliding_window") is None:
         return [False] * count
     kinds = config.get("layer_types") or ["sliding_attention"] * count
     return [kind == "sliding_attention" for kind in kinds]
+
+
+def needs_windows(config: Config) -> bool:
+    """Whether a text can be longer than the window that some layer has."""
+    return any(windows(config)) and config["sliding_window"] < config["max_position_embeddings"]
 
 
 def family_of(source: Source) -> Family:
@@ -120,7 +125,7 @@ def family_of(source: Source) -> Family:
     other = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
     if other:
         raise refuse(source, "'layer_types' in config.json", "full_attention or sliding_attention", sorted(other))
-    if any(windows(config)) and family.window is None:
+    if needs_windows(config) and not family.windowed:
         if kind not in WINDOWED:
             raise refuse(source, "'sliding_window' in config.json", "none", config["sliding_window"])
         family = WINDOWED[kind]
@@ -265,7 +270,7 @@ _PHI3 = Family(
     free_heads=False,
 )
 _WINDOWED_LLAMA = replace(
-    _LLAMA, arch="granite_swa", window="any", settings=_windowed_settings, constants=_no_sinks
+    _LLAMA, arch="granite_swa", windowed=True, settings=_windowed_settings, constants=_no_sinks
 )  # the graph of llama with windows; its scales are left at 1, its sinks take nothing
 _QWEN2 = Family(
     arch="qwen2", layer=_LLAMA_LAYER, whole=_LLAMA_WHOLE, biases=_QKV, rules={"hidden_act": ("silu",)}, free_heads=False
@@ -294,7 +299,7 @@ FAMILIES: dict[str | None, Family] = {
         arch="gemma2",
         layer={**_ATTENTION, **_GATED, **_SANDWICH},
         rules=_GEMMA2_RULES,
-        window="some",
+        windowed=True,
         settings=_gemma_settings,
         check=_check_gemma2,
     ),
@@ -305,7 +310,7 @@ FAMILIES: dict[str | None, Family] = {
         whole=_LLAMA_WHOLE,
         rules={**_GEMMA2_RULES, "attn_logit_softcapping": (None,)},
         ropes=("default", "linear"),
-        window="any",
+        windowed=True,
         settings=_gemma_settings,
         check=_check_gemma3,
     ),

@@ -1,15 +1,16 @@
 """The vocabulary of a GGUF file, from a `tokenizer.json`.
 
 Two families are known: byte-level BPE (llama.cpp's "gpt2" vocabulary) and BPE with byte fallback and a space marker,
-as SentencePiece makes it (llama.cpp's "llama" vocabulary). llama.cpp has its own pre-tokenizers and knows them by
-name, so a tokenizer is accepted only when its pre-tokenizer is one of those; anything else is refused, since a file
-that splits text differently is not the model.
+as SentencePiece makes it (llama.cpp's "llama" vocabulary, or "gemma4" where only some merges exist). llama.cpp has its
+own pre-tokenizers and knows them by name, so a tokenizer is accepted only when its pre-tokenizer is one of those;
+anything else is refused, since a file that splits text differently is not the model.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -17,22 +18,46 @@ from gguf import GGUFWriter, TokenType
 from edgewright.errors import BadInput
 from edgewright.export.source import Source, special_ids
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _cased(suffix: str, digits: str) -> str:
+    """The rule of OpenAI's newer tokenizers: words end where a capital follows a small letter."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{start}{_UPPER}*{_LOWER}+{suffix}|{start}{_UPPER}+{_LOWER}*{suffix}"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _SPACES
+
+
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
+_BYTES = {"type": "ByteLevel", "use_regex": False}
+_GPT2 = {"type": "ByteLevel", "use_regex": True}
+
 PRE_TOKENIZERS: list[tuple[str, list[dict[str, Any]], bool]] = [
-    ("gpt-2", [{"type": "ByteLevel", "use_regex": True}], False),
-    ("smollm", [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "use_regex": True}], False),
-    ("llama-bpe", [{"type": "Split", "regex": _LLAMA3}, {"type": "ByteLevel", "use_regex": False}], True),
+    ("gpt-2", [_GPT2], False),
+    ("smollm", [{"type": "Digits", "individual_digits": True}, _GPT2], False),
+    ("llama-bpe", [{"type": "Split", "regex": _LLAMA3}, _BYTES], True),
+    ("dbrx", [{"type": "Split", "regex": _LLAMA3}, _BYTES], False),
+    ("qwen2", [{"type": "Split", "regex": _LLAMA3.replace("{1,3}", "")}, _BYTES], False),
     (
-        "qwen2",
-        [{"type": "Split", "regex": _LLAMA3.replace("{1,3}", "")}, {"type": "ByteLevel", "use_regex": False}],
+        "qwen35",
+        [
+            {
+                "type": "Split",
+                "regex": _CONTRACTIONS
+                + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+                + _SPACES,
+            },
+            _BYTES,
+        ],
         False,
     ),
+    ("gpt-4o", [{"type": "Split", "regex": _cased(f"{_CONTRACTIONS}?", r"\p{N}{1,3}")}, _BYTES], False),
+    ("tekken", [{"type": "Split", "regex": _cased("", r"\p{N}")}, _BYTES], True),
 ]
 """llama.cpp's name of a pre-tokenizer, its steps in tokenizer.json, and whether whole words skip the merges."""
 
@@ -42,7 +67,7 @@ class Vocabulary:
     """What a GGUF file says about tokens."""
 
     model: str
-    """`gpt2` (byte-level BPE) or `llama` (SentencePiece-style)."""
+    """`gpt2` (byte-level BPE), `llama` (SentencePiece-style) or `gemma4` (likewise, by merges)."""
     tokens: list[str]
     types: list[TokenType]
     bos: int
@@ -58,6 +83,12 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     """One per token, for `llama`."""
     add_space_prefix: bool = False
+    other_ends: list[int] = field(default_factory=list)
+    """Further tokens that end a text: of a turn, of a message."""
+    chat_template: str | list[dict[str, str]] | None = None
+    """Jinja, or several by their names."""
+    note: str | None = None
+    """Where llama.cpp splits text otherwise than the checkpoint's tokenizer, and nothing can be done."""
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the tokenizer's keys to a file."""
@@ -78,6 +109,10 @@ class Vocabulary:
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
+        for add, token in zip((writer.add_eot_token_id, writer.add_eom_token_id), self.other_ends, strict=False):
+            add(token)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
 
 
 def read_vocabulary(source: Source) -> Vocabulary:
@@ -93,7 +128,8 @@ def read_vocabulary(source: Source) -> Vocabulary:
         if model.get(key):
             raise _unknown(source, f"the setting {key!r} of its model", "none", model[key])
     tokens, types = _tokens(source, model)
-    bos, eos, pad = (_special(source, kind, tokens) for kind in ("bos", "eos", "pad"))
+    bos, pad = (next(iter(_special(source, kind, tokens)), None) for kind in ("bos", "pad"))
+    eos, *other_ends = _special(source, "eos", tokens) or [None]
     if eos is None:
         raise _contradiction(source, "an end-of-text token", "no eos_token_id in config.json, no eos_token")
     unknown = model.get("unk_token")
@@ -103,6 +139,8 @@ def read_vocabulary(source: Source) -> Vocabulary:
         "eos": eos,
         "pad": pad,
         "unknown": tokens.index(unknown) if unknown in tokens else None,
+        "other_ends": other_ends,
+        "chat_template": _chat_template(source),
     }
     added = _added_around(source)
     common["add_bos"] = bos is not None and tokens[bos] == added[0]
@@ -121,6 +159,9 @@ def _tokens(source: Source, model: dict[str, Any]) -> tuple[list[str], list[Toke
     for added in source.tokenizer.get("added_tokens", []):
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         entries.append((added["content"], added["id"], kind))
+        greedy = [key for key in ("single_word", "lstrip", "rstrip") if added.get(key)]
+        if greedy and not added["special"]:
+            raise _unknown(source, f"{greedy[0]!r} of the added token {added['content']!r}", "false", True)
     for text, index, kind in entries:
         if not 0 <= index < width:
             raise _contradiction(source, f"ids below vocab_size {width}", f"{text!r} has id {index}")
@@ -135,11 +176,20 @@ def _merges(model: dict[str, Any]) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def _special(source: Source, kind: str, tokens: list[str]) -> int | None:
+def _special(source: Source, kind: str, tokens: list[str]) -> list[int]:
     ids = special_ids(source.config, source.tokenizer_config, kind, tokens)
     if any(not 0 <= index < len(tokens) for index in ids):
         raise _contradiction(source, f"{kind}_token_id below vocab_size {len(tokens)}", ids)
-    return ids[0] if ids else None
+    return ids
+
+
+def _chat_template(source: Source) -> str | list[dict[str, str]] | None:
+    """How a conversation becomes text: the file beside the tokenizer counts, as in transformers."""
+    path = source.directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found: str | list[dict[str, str]] | None = source.tokenizer_config.get("chat_template")
+    return found
 
 
 def _added_around(source: Source) -> tuple[str | None, str | None]:
@@ -193,31 +243,62 @@ def _sentencepiece(source: Source, model: dict[str, Any], types: list[TokenType]
         raise _unknown(source, "its byte fallback", "256 tokens from <0x00> to <0xFF>", types.count(TokenType.BYTE))
     if common["unknown"] is not None:
         types[common["unknown"]] = TokenType.UNKNOWN
+    merges = _merges(model)
+    prefix, note = _space_prefix(source)
+    if not _pieces_tell(merges, model["vocab"]):
+        if prefix or any("\n" in merge.strip("\n").replace(" ", "") for merge in merges):
+            raise _unknown(source, "its merges", "a merge for every pair of tokens that makes up a token", "fewer")
+        return Vocabulary(model="gemma4", pre="gemma4", types=types, merges=merges, **common)
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(_merges(model)):
+    for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), rank)
     return Vocabulary(
         model="llama",
         types=types,
         scores=[-float(ranks.get(token, 0)) for token in tokens],
-        add_space_prefix=_space_prefix(source),
+        add_space_prefix=prefix,
+        note=note,
         **common,
     )
 
 
-def _space_prefix(source: Source) -> bool:
-    """Whether a text gets a space in front; anything but the space marker is refused."""
+def _pieces_tell(merges: list[str], vocab: dict[str, int]) -> bool:
+    """Whether tokens alone say what is joined: any two that make up a third are, in the order of the thirds.
+
+    So it is where the merges were derived from a SentencePiece model; then llama.cpp, which looks at tokens only, and
+    the merges lead to the same result.
+    """
+    pairs = {tuple(merge.split(" ")) for merge in merges}
+    results = ["".join(merge.split(" ")) for merge in merges]
+    in_order = len(set(results)) == 1 + sum(one != other for one, other in pairwise(results)) if results else True
+    return in_order and all(
+        (token[:cut], token[cut:]) in pairs
+        for token in set(results)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    )
+
+
+def _space_prefix(source: Source) -> tuple[bool, str | None]:
+    """Whether a text gets a space in front, and what llama.cpp does otherwise; anything but that is refused."""
     normalizer, pre = source.tokenizer.get("normalizer"), source.tokenizer.get("pre_tokenizer")
     steps = (normalizer or {}).get("normalizers", [normalizer] if normalizer else [])
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    if pre is None and steps in ([prepend, replace], [replace]):
-        return steps[0] == prepend
+    if steps in ([prepend, replace], [replace]) and (pre is None or _splits_nothing(pre)):
+        return steps[0] == prepend, None
     metaspace: dict[str, Any] = pre or {}
     whole = metaspace.get("type") == "Metaspace" and not metaspace.get("split")
     if not steps and whole and metaspace["replacement"] == _SPACE:
-        return metaspace.get("prepend_scheme") != "never"
+        if metaspace.get("prepend_scheme") == "never":
+            return False, None
+        return True, "a text that begins with a space gets another space in front, where the checkpoint's keeps one"
     raise _unknown(source, "its normalizer and pre-tokenizer", f"a space marker {_SPACE!r}", [normalizer, pre])
+
+
+def _splits_nothing(pre: dict[str, Any]) -> bool:
+    """Gemma splits at spaces, of which none are left when it comes to that."""
+    return pre.get("type") == "Split" and pre.get("pattern") == {"String": " "}
 
 
 def _unknown(source: Source, what: str, expected: str, found: object) -> BadInput:
