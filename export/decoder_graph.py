@@ -97,8 +97,9 @@ def _traced(source: Source) -> ir.Model:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with torch.no_grad():
+            shapes = _cache_shapes(_empty_model(source, fake), fake)  # a model of its own: some keep what they compute
             model = _empty_model(source, fake)
-            program = _export(model, _cache_shapes(model, fake), fake)
+            program = _export(model, shapes, fake)
     except _REFUSALS as error:
         raise _cannot_trace(source, error) from error
     _release_weights(program.model.graph, _checkpoint_names(model, source))
