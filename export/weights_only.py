@@ -29,7 +29,8 @@ class WeightsOnly:
     def __call__(self, name: str, values: np.ndarray) -> None:
         """Take a weight: float32, a matrix `[out, in]`."""
         place = self._place(name)
-        value = torch.from_numpy(np.ascontiguousarray(values.T if self._source.stores_transposed(name) else values))
+        oriented = values.T if self._source.stores_transposed(name) else values
+        value = torch.from_numpy(np.require(oriented, np.float32, ["C", "W"]))
         if place is None or place.shape != value.shape:
             self.complete = False
         elif not torch.equal(place, value):
