@@ -67,6 +67,13 @@ TARGETS = {
         embedding_quants=("fp32", "int8", "int4"),
         suffix=None,
     ),
+    "openvino": Target(
+        module="edgewright.export.to_openvino",
+        reader="edgewright.export.openvino_reader",
+        quants=("fp32", "fp16", "int8", "int4", "ternary"),
+        embedding_quants=("fp32", "fp16", "int8", "int4"),
+        suffix=None,
+    ),
 }
 """The targets by name."""
 

@@ -1,0 +1,166 @@
+"""What the OpenVINO writer does to a graph: weights become compressed constants, the cache becomes a state.
+
+A compressed weight is `Constant -> Convert -> (Subtract 2) -> Multiply(scale) -> (Reshape)`, all in float32, which is
+the pattern that the CPU plugin keeps compressed and multiplies from codes. The last node bears the checkpoint's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgewright.export.openvino_package import load
+
+ZERO_POINT = 2
+"""Of 2-bit codes, which OpenVINO has without sign only: stored are 1, 2, 3."""
+
+ELEMENTS = {"i8": 8, "i4": 4, "u2": 2}
+"""Bits of the element types of codes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """A weight as codes and scales, ready for the graph."""
+
+    element: str
+    """A key of `ELEMENTS`."""
+    codes: np.ndarray
+    """int8 `[rows, columns]`, signed."""
+    scales: np.ndarray
+    """float32 `[rows, groups]`; the groups of a row are of equal size."""
+
+    def values(self) -> np.ndarray:
+        """What the graph gives back: float32 `[rows, columns]`."""
+        rows, columns = self.codes.shape
+        groups = self.codes.astype(np.float32).reshape(rows, self.scales.shape[1], -1)
+        return (groups * self.scales[:, :, None]).reshape(rows, columns)
+
+
+def packed_bytes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 `[bytes]`: codes in the order of the array, low bits first, negative ones as two's complement."""
+    per_byte = 8 // bits
+    flat = codes.reshape(-1)
+    flat = np.pad(flat, (0, -flat.size % per_byte)).view(np.uint8) & np.uint8(2**bits - 1)
+    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
+    return np.bitwise_or.reduce(flat.reshape(-1, per_byte) << shifts, axis=1)
+
+
+def compressed(weight: Packed, name: str) -> Any:
+    """The node that gives float32 `[rows, columns]`, named after the checkpoint's weight."""
+    ov = load()
+    ops = ov.opset13
+    rows, columns = weight.codes.shape
+    groups = weight.scales.shape[1]
+    grouped = [rows, columns] if groups == 1 else [rows, groups, columns // groups]
+    stored = weight.codes + np.int8(ZERO_POINT) if weight.element == "u2" else weight.codes
+    data = ov.Tensor(packed_bytes(stored, ELEMENTS[weight.element]), ov.Shape(grouped), ov.Type(weight.element))
+    node = ops.convert(ov.op.Constant(data, False), "f32")
+    if weight.element == "u2":
+        node = ops.subtract(node, ops.convert(ops.constant(np.full([1] * len(grouped), ZERO_POINT, np.uint8)), "f32"))
+    node = ops.multiply(node, _scales(weight.scales.reshape(grouped[:-1] + [1])))
+    if groups > 1:
+        node = ops.reshape(node, ops.constant(np.array([rows, columns], np.int64)), False)
+    node.set_friendly_name(name)
+    return node
+
+
+def _scales(scales: np.ndarray) -> Any:
+    """In half precision where that holds them exactly; the product is one of float32 either way."""
+    ops = load().opset13
+    with np.errstate(over="ignore"):
+        half = scales.astype(np.float16)
+    if np.array_equal(half.astype(np.float32), scales):
+        return ops.convert(ops.constant(half), "f32")
+    return ops.constant(np.ascontiguousarray(scales, np.float32))
+
+
+def dense(values: np.ndarray, name: str) -> Any:
+    """The node that gives a float32 weight that is stored in its own type, float32 or float16."""
+    ops = load().opset13
+    node = ops.constant(np.ascontiguousarray(values))
+    if values.dtype != np.float32:
+        node = ops.convert(node, "f32")
+    node.set_friendly_name(name)
+    return node
+
+
+# ---------------------------------------------------------------- weights in the traced graph
+
+
+def constants(model: Any) -> dict[str, Any]:
+    """The constants of a model by name: a weight's is the checkpoint's."""
+    return {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+
+
+def readers(constant: Any) -> Iterator[tuple[str, Any, int]]:
+    """Who reads a weight: `(how, node, input)`, past a transposition and past conversions.
+
+    `how`: "table" for the rows of a lookup, "linear" for the `[out, in]` or `[in, out]` of a product, "other".
+    """
+    for place in constant.output(0).get_target_inputs():
+        node, index = place.get_node(), place.get_index()
+        kind = node.get_type_name()
+        if kind == "Gather" and index == 0:
+            yield "table", node, index
+        elif kind == "MatMul" and index == 1:
+            yield "linear", node, index
+        elif kind == "Transpose" and index == 0:
+            yield from readers(node)
+        else:
+            yield "other", node, index
+
+
+def set_table(gather: Any, weight: Any) -> None:
+    """Look up the rows of another weight."""
+    gather.input(0).replace_source_output(weight.output(0))
+
+
+def set_linear(matmul: Any, weight: Any) -> None:
+    """Multiply by another weight, which lies `[out, in]`."""
+    ops = load().opset13
+    transposed = matmul.get_attributes()["transpose_a"]
+    product = ops.matmul(matmul.input_value(0), weight, transposed, True)
+    product.set_friendly_name(matmul.get_friendly_name())
+    names = matmul.output(0).get_names()
+    matmul.output(0).replace(product.output(0))
+    product.output(0).get_tensor().set_names(names)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def make_stateful(model: Any) -> None:
+    """Turn `past_key_values.* -> present.*` into variables of the model, in the form that LLMPipeline expects.
+
+    The new input `beam_idx` int32 `[batch]` says which row of the batch each row goes on from. A variable that was
+    never written is `[batch, heads, 0, size]`.
+    """
+    ov = load()
+    ops = ov.opset13
+    parameters = {node.output(0).get_any_name(): node for node in model.get_parameters()}
+    beams = ops.parameter(ov.PartialShape([-1]), np.int32, name="beam_idx")
+    beams.output(0).get_tensor().set_names({"beam_idx"})
+    model.add_parameters([beams])
+    pairs = {}
+    for name, past in parameters.items():
+        if name.startswith("past_key_values."):
+            places = past.output(0).get_target_inputs()
+            chosen = ops.gather(past, beams, ops.constant(np.int64(0)))
+            for place in places:
+                place.replace_source_output(chosen.output(0))
+            pairs[name] = name.replace("past_key_values.", "present.")
+    model.validate_nodes_and_infer_types()
+    load("openvino._offline_transformations").apply_make_stateful_transformation(model, pairs)
+    batch = ops.gather(
+        ops.shape_of(parameters["input_ids"], "i64"), ops.constant(np.int64([0])), ops.constant(np.int64(0))
+    )
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":
+            shape = node.output(0).get_partial_shape()
+            fixed = np.array([shape[1].get_length(), 0, shape[3].get_length()], np.int64)
+            empty = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, ops.constant(fixed)], 0))
+            node.set_arguments([empty.output(0)])
+    model.validate_nodes_and_infer_types()

@@ -1,0 +1,259 @@
+"""Sessions in OpenVINO: folders that `to_openvino.py` or optimum wrote.
+
+`append` runs the stateful model through an inference request; `native_generate` is OpenVINO GenAI's `LLMPipeline`. Each
+compiles the model when it is first needed, so that who uses one does not pay for the other.
+
+Files of fp32 and fp16 weights are computed in float32 throughout. Files of codes are computed in float32 with
+activations rounded to 8 bits in groups, and the cache in float16: their fastest kernels, the same on every machine.
+Without such settings OpenVINO computes in bfloat16 where the processor has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewright.errors import BadInput
+from edgewright.export.guard import read_json
+from edgewright.export.openvino_package import load
+from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.export.source import special_ids
+from edgewright.export.tokenizer_files import open_tokenizer
+
+EXACT = {"EXECUTION_MODE_HINT": "ACCURACY", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""The settings in which weights alone are what a file may have lost."""
+
+FAST = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}
+"""The settings for files of codes."""
+
+CODES = ("u2", "i4", "u4", "i8", "u8")
+"""The types that hold codes."""
+
+CONTEXT_LENGTH = ["edgewright", "context_length"]
+"""Where a model of ours says how many tokens it takes."""
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a, b):\n    return a + b  # 12345 + 678\n",
+    "x = {'key': [1, 2.5, -3e-4]}\t!?\n\n\n  indented   and spaced",
+    "naïve café, Ünïcödé, Привет, 你好, שלום, 🙂",
+)
+"""Texts that the folder's tokenizer model must split as its tokenizer.json does."""
+
+
+class OpenVinoSession(Session):
+    """An OpenVINO folder on the CPU.
+
+    Args:
+        path: the folder with openvino_model.xml, a stateful model.
+        threads: of the runtime; None leaves the choice to it.
+        exact: whether activations are left alone in files of codes as well.
+
+    Raises:
+        BadInput: EW-603 without OpenVINO; EW-604 when it cannot open the folder; EW-618 when the model has no state.
+    """
+
+    runtime = "openvino"
+
+    def __init__(self, path: Path, *, threads: int | None = None, exact: bool = False) -> None:
+        self.path = path
+        try:
+            self._model: Any = load().Core().read_model(path / "openvino_model.xml")
+        except RuntimeError as error:
+            raise _cannot_open(path, error) from error
+        self._check_stateful()
+        exact = exact or not _holds_codes(self._model)
+        self._settings: dict[str, Any] = dict(EXACT if exact else FAST)
+        if threads is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = threads
+        self._opened: Any = None
+        self._pipelines: dict[Path | None, Any] = {}
+        self._length = 0
+        self._describe(exact)
+
+    def _describe(self, exact: bool) -> None:
+        """Sizes and special tokens, from config.json and the tokenizer."""
+        config = read_json(self.path / "config.json")
+        extra = self.path / "tokenizer_config.json"
+        settings = read_json(extra) if extra.exists() else {}
+        self._tokenizer = open_tokenizer(self.path)
+        tokens = [self._tokenizer.id_to_token(index) or "" for index in range(self._tokenizer.get_vocab_size())]
+        ends = special_ids(config, settings, "eos", tokens)
+        start = special_ids(config, settings, "bos", tokens) or ends
+        self.vocab_size = self._model.output("logits").get_partial_shape()[2].get_length()
+        self.context_length = self._context_length(config)
+        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=exact)
+        self.start_id = start[0] if start else 0
+        self.eos_ids = frozenset(ends)
+
+    def _context_length(self, config: dict[str, Any]) -> int:
+        """What the writer noted in the model, since a config.json may leave out its family's default."""
+        if self._model.has_rt_info(CONTEXT_LENGTH):
+            return int(self._model.get_rt_info(CONTEXT_LENGTH).astype(str))
+        found = config.get("max_position_embeddings", config.get("n_positions"))
+        if not isinstance(found, int):
+            raise _cannot_open(self.path, "a config.json without max_position_embeddings")
+        return found
+
+    def _check_stateful(self) -> None:
+        names = {name for place in self._model.inputs for name in place.get_names()}
+        if not {"input_ids", "attention_mask", "beam_idx"} <= names or not self._model.get_sinks():
+            raise BadInput(
+                "EW-618",
+                "this OpenVINO model keeps no cache of its own",
+                where=self.path,
+                expected="a stateful model with the inputs input_ids, attention_mask and beam_idx",
+                found=", ".join(sorted(names)[:6]),
+                fix="export the model again with --to openvino",
+            )
+        self._inputs = names
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def _request(self) -> Any:
+        """The inference request, which holds the cache."""
+        if self._opened is None:
+            if self._model is None:
+                raise ValueError("this session is closed")
+            try:
+                self._opened = load().Core().compile_model(self._model, "CPU", self._settings).create_infer_request()
+            except RuntimeError as error:
+                raise _cannot_open(self.path, error) from error
+        return self._opened
+
+    def append(self, tokens: Sequence[int], logits: Logits = "last") -> np.ndarray | None:
+        self.check_room(tokens)
+        if not tokens:
+            return None if logits == "none" else np.empty((0, self.vocab_size), np.float32)
+        total = self._length + len(tokens)
+        fed = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(self._length, total, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request = self._request
+        request.infer({name: value for name, value in fed.items() if name in self._inputs}, share_inputs=True)
+        self._length = total
+        if logits == "none":
+            return None
+        rows = request.get_tensor("logits").data[0]
+        return np.array(rows if logits == "all" else rows[-1:], np.float32)
+
+    def rewind(self, length: int) -> None:
+        assert 0 <= length <= self._length
+        if length == self._length:
+            return
+        self._length = length
+        if length == 0:
+            self._request.reset_state()
+            return
+        for state in self._request.query_state():
+            kept = np.ascontiguousarray(state.state.data[:, :, :length])
+            state.state = load().Tensor(kept)
+
+    def native_generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        draft: Session | None = None,
+    ) -> list[int]:
+        self.check_generation(tokens, max_new_tokens)
+        if draft is not None and not isinstance(draft, OpenVinoSession):
+            raise BadInput(
+                "EW-604",
+                "this draft is open in another runtime",
+                where=draft.path,
+                expected="openvino",
+                found=draft.runtime,
+            )
+        genai = load("openvino_genai")
+        config = genai.GenerationConfig()
+        config.max_new_tokens = max_new_tokens
+        config.do_sample = temperature > 0
+        config.temperature = temperature or 1.0
+        config.top_k, config.top_p = 2**31 - 1, 1.0
+        config.rng_seed = seed
+        config.ignore_eos = not stop_at_eos
+        config.stop_token_ids = set(self.eos_ids) if stop_at_eos else set()
+        if draft is not None:
+            config.num_assistant_tokens = 4
+        prompt = load().Tensor(np.array([tokens], np.int64))
+        new = [int(token) for token in self._pipeline(draft).generate(prompt, config).tokens[0]]
+        return new[:-1] if stop_at_eos and new and new[-1] in self.eos_ids else new
+
+    def _pipeline(self, draft: OpenVinoSession | None) -> Any:
+        """The pipeline with this draft, compiled once."""
+        key = None if draft is None else draft.path
+        if key not in self._pipelines:
+            genai = load("openvino_genai")
+            extra = (
+                {} if draft is None else {"draft_model": genai.draft_model(str(draft.path), "CPU", **draft._settings)}
+            )
+            try:
+                self._pipelines[key] = genai.LLMPipeline(str(self.path), "CPU", **self._settings, **extra)
+            except RuntimeError as error:
+                raise _cannot_open(self.path, error) from error
+        return self._pipelines[key]
+
+    def tokenize(self, text: str) -> list[int]:
+        # Not the tokenizer model: it parses special tokens in the text.
+        return list(self._checked_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @cached_property
+    def _checked_tokenizer(self) -> Any:
+        """tokenizer.json, once the tokenizer model that the pipeline uses was seen to split text alike."""
+        model = load("openvino_genai").Tokenizer(str(self.path))
+        for text in PROBES:
+            own = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            found = [int(token) for token in model.encode(text, add_special_tokens=False).input_ids.data[0]]
+            if own != found:
+                raise BadInput(
+                    "EW-617",
+                    "the tokenizer model of this folder splits text otherwise than its tokenizer.json",
+                    where=self.path,
+                    expected=f"{own[:12]} for {text[:30]!r}",
+                    found=found[:12],
+                    fix="export the model again; if it fails again, export to genai or onnx",
+                )
+        return self._tokenizer
+
+    def close(self) -> None:
+        self._opened = None
+        self._model = None
+        self._pipelines = {}
+        self._length = 0
+
+
+def _holds_codes(model: Any) -> bool:
+    types = {node.get_output_element_type(0).get_type_name() for node in _constants(model)}
+    return not types.isdisjoint(CODES)
+
+
+def _constants(model: Any) -> list[Any]:
+    return [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+
+
+def _cannot_open(path: Path, found: object) -> BadInput:
+    return BadInput(
+        "EW-604",
+        "OpenVINO cannot run this folder",
+        where=path,
+        expected="openvino_model.xml with its data, config.json and a tokenizer",
+        found=str(found).strip()[-300:],
+        fix="export the model again, or install a newer openvino",
+    )

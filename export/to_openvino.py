@@ -1,0 +1,330 @@
+"""OpenVINO: a folder that `openvino_genai.LLMPipeline(folder, "CPU")` runs as it is.
+
+The graph is the traced one (`decoder_graph.py`), read by OpenVINO itself; its cache becomes a state, and its weights
+become compressed constants laid out from the codes of the lattice: u2 for ternary, i4 and i8. Scales are stored in half
+precision where that holds them exactly, else in float32; the runtime multiplies in float32 either way.
+
+What the CPU plugin of OpenVINO 2026.4 does, and what follows here:
+
+* i8 and i4 without a zero point, and u2 with an integer zero point, are multiplied from codes, with activations rounded
+  to 8 bits in groups ("dynamic quantization"); u2 with a float zero point never is, and takes twice as long.
+* In bfloat16, which is the default where the processor has it, u2 with rounded activations crashes. A file with u2
+  therefore says in its `runtime_options` that activations are not to be rounded, which is what the plugin heeds of a
+  model's own wishes (beside the type of the cache; precision and execution mode it ignores there). Who asks for float32
+  can switch it on again, as `OpenVinoSession` does: INFERENCE_PRECISION_HINT f32, DYNAMIC_QUANTIZATION_GROUP_SIZE 32.
+* Scale groups other than powers of two give wrong products without a word, at all three widths; so do u2 rows that are
+  no multiple of four. Such weights are stored wider. One scale a row is right at every length, and the fastest.
+* A table of u2 is decompressed to float32 when it is looked up; a ternary embedding is stored as i4.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgewright.errors import BadInput, GateFailed
+from edgewright.export import openvino_graph
+from edgewright.export.artifact import Fallback, Written, digest, sync
+from edgewright.export.decoder_graph import trace
+from edgewright.export.lattice import LatticeTensor, Levels, round_int, round_q4_0
+from edgewright.export.openvino_graph import Packed
+from edgewright.export.openvino_package import load
+from edgewright.export.runtimes.openvino import CONTEXT_LENGTH
+from edgewright.export.source import Source
+
+QUANTS = ("fp32", "fp16", "int8", "int4", "ternary")
+"""The widths of linear weights."""
+
+EMBEDDING_QUANTS = ("fp32", "fp16", "int8", "int4")
+"""The widths of token embedding and output head."""
+
+EMBEDDING_DEFAULT = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int8", "ternary": "fp32"}
+"""The width of token embedding and head without a lattice, where none is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """How codes of one width are stored."""
+
+    element: str
+    """OpenVINO's name of the type."""
+    levels: tuple[Levels, ...]
+    """The lattices that may be stored at this width."""
+    row_multiple: int
+    """What the columns must be a multiple of for one scale a row."""
+
+
+WIDTHS = {
+    "ternary": Width(element="u2", levels=("ternary",), row_multiple=4),
+    "int4": Width(element="i4", levels=("ternary", "int4"), row_multiple=1),
+    "int8": Width(element="i8", levels=("ternary", "int4", "int8"), row_multiple=1),
+}
+"""The packed widths."""
+
+WIDER = {
+    "fp32": ("fp32",),
+    "fp16": ("fp16", "fp32"),
+    "int8": ("int8", "fp32"),
+    "int4": ("int4", "int8", "fp32"),
+    "ternary": ("ternary", "int4", "int8", "fp32"),
+}
+"""The widths to try for a lattice, the one asked for first."""
+
+ROUNDED = WIDER | {"ternary": ("ternary", "int8", "fp32")}
+"""The same for a weight without one, which 4 bits would hurt where they were not asked for."""
+
+GROUPS = (256, 128, 64, 32, 16)
+"""Columns per scale that the CPU plugin multiplies correctly."""
+
+ROUND_GROUPS = (32, 16)
+"""Those in which weights are rounded to 4 bits: finer scales cost half a bit, and lose much less."""
+
+
+def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
+    """Write an OpenVINO folder.
+
+    Args:
+        source: the checkpoint, any decoder that `decoder_graph.trace` takes.
+        directory: made if it is not there; the caller swaps it into place.
+        quant: one of `QUANTS`.
+        embedding_quant: of token embedding and head, one of `EMBEDDING_QUANTS`; None takes their lattice where they
+            have one, else `EMBEDDING_DEFAULT`.
+
+    Raises:
+        BadInput: EW-603 without OpenVINO; EW-523, EW-541, the model or its tokenizer cannot be converted.
+        GateFailed: EW-521, EW-540 when the graph does not hold the checkpoint's weights as it should.
+    """
+    ov = load()
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="edgewright-openvino-") as scratch:
+        model = _read(ov, trace(source, Path(scratch)), source)
+        packing = _Packing(source=source, quant=quant, embedding_quant=embedding_quant)
+        packing.run(model)
+        openvino_graph.make_stateful(model)
+        _set_runtime_options(model, packing.elements)
+        model.set_rt_info(str(source.config["max_position_embeddings"]), CONTEXT_LENGTH)
+        ov.save_model(model, directory / "openvino_model.xml", compress_to_fp16=False)
+    _write_tokenizer(ov, source, directory)
+    _write_configs(source, directory)
+    for file in sorted(directory.iterdir()):
+        sync(file)
+    sync(directory)
+    return Written(
+        fallbacks=packing.fallbacks,
+        lattice={name: packing.stored.get(name, "not stored") for name in source.lattice},
+        digests=packing.digests,
+        embedding_quant=packing.embedding_width,
+        versions={name: version(name) for name in ("openvino", "openvino-tokenizers", "onnxscript")},
+    )
+
+
+# ---------------------------------------------------------------- weights
+
+
+@dataclass(slots=True, kw_only=True)
+class _Packing:
+    """The state of one packing: which weights were met, and how they are stored."""
+
+    source: Source
+    quant: str
+    embedding_quant: str | None
+    fallbacks: list[Fallback] = field(default_factory=list)
+    stored: dict[str, str] = field(default_factory=dict)
+    """For each weight met: `exact`, or what was lost."""
+    digests: dict[str, str] = field(default_factory=dict)
+    elements: set[str] = field(default_factory=set)
+    """The types in which codes are stored."""
+    embedding_width: str = "fp32"
+
+    def run(self, model: Any) -> None:
+        """Replace every matrix of the checkpoint in the traced graph."""
+        constants = openvino_graph.constants(model)
+        matrices = [name for name in self.source.names if len(self.source.shape(name)) == 2]
+        missing = sorted({*matrices, *self.source.lattice} - constants.keys())
+        if missing:
+            raise _broken_graph(missing[0], "no such weight")
+        for name in matrices:
+            self._replace(name, list(openvino_graph.readers(constants[name])))
+        model.validate_nodes_and_infer_types()
+
+    def _replace(self, name: str, readers: list[tuple[str, Any, int]]) -> None:
+        uses = {use for use, _, _ in readers}
+        if not uses or "other" in uses:
+            raise _broken_graph(name, "a use that is neither a product nor a lookup")
+        weight = self._stored(name, self._asked(name, table="table" in uses))
+        for use, node, _ in readers:
+            if use == "table":
+                openvino_graph.set_table(node, weight)
+            else:
+                openvino_graph.set_linear(node, weight)
+
+    def _asked(self, name: str, *, table: bool) -> str:
+        """The width to try first."""
+        source = self.source
+        if name in (source.embedding, source.head):
+            width = self.embedding_quant
+            if width is None:
+                own = name in source.lattice and self.quant in WIDTHS
+                width = self.quant if own else EMBEDDING_DEFAULT[self.quant]
+            self.embedding_width = width
+        else:
+            width = self.quant if not table or self.quant in ("fp32", "fp16") else "fp32"  # positions stay as they are
+        return "int4" if table and width == "ternary" else width
+
+    def _stored(self, name: str, asked: str) -> Any:
+        """The node that gives a weight, at the narrowest width that holds it."""
+        values, lattice = self.source.matrix(name), self.source.lattice.get(name)
+        lost = ""
+        for width in (ROUNDED if lattice is None else WIDER)[asked]:
+            found, reason = _at(width, values, lattice)
+            if not reason:
+                break
+            lost = lost or reason
+        if lost:
+            self.fallbacks.append(Fallback(name, width, lost))
+        if isinstance(found, Packed):
+            self.elements.add(found.element)
+            kept = found.values()
+            node = openvino_graph.compressed(found, name)
+        else:
+            kept = found.astype(np.float32)
+            node = openvino_graph.dense(found, name)
+        self.digests[name] = digest(kept)
+        right = values if lattice is None else lattice.dequantize()
+        self.stored[name] = "exact" if np.array_equal(kept, right) else f"rounded to {width}"
+        return node
+
+
+def _at(width: str, values: np.ndarray, lattice: LatticeTensor | None) -> tuple[Packed | np.ndarray, str]:
+    """A weight at a width, or why not; float32 always works."""
+    right = values if lattice is None else lattice.dequantize()
+    if width == "fp32":
+        return right, ""
+    if width == "fp16":
+        with np.errstate(over="ignore"):
+            half = right.astype(np.float16)
+        if not np.isfinite(half).all():
+            return right, "a value is too large for float16"
+        exact = lattice is None or np.array_equal(half.astype(np.float32), right)
+        return half, "" if exact else "its lattice is not exact in float16"
+    if lattice is None:
+        lattice, reason = _rounded(values, width)
+        if lattice is None:
+            return values, reason
+    return _packed(lattice, width)
+
+
+def _rounded(values: np.ndarray, width: str) -> tuple[LatticeTensor | None, str]:
+    """A weight without a lattice, rounded to nearest; a ternary weight must have been trained.
+
+    8 bits have one scale a row. 4 bits take the rule of ggml's Q4_0, whose signed scale uses all 16 codes, where rows
+    are made of its blocks, else 15 symmetric codes.
+    """
+    columns = values.shape[1]
+    if width == "ternary":
+        return None, "it is not ternary"
+    if width == "int8":
+        return round_int(values, bits=8, group=None, scale_dtype=np.float16), ""
+    group = next((group for group in ROUND_GROUPS if columns % group == 0), None)
+    if group is None:
+        return None, f"{columns} columns are no multiple of {ROUND_GROUPS[-1]}"
+    if group == 32:
+        return round_q4_0(values), ""
+    return round_int(values, bits=4, group=group, scale_dtype=np.float16), ""
+
+
+def _packed(lattice: LatticeTensor, width: str) -> tuple[Packed | np.ndarray, str]:
+    """The lattice at a width, or its values and why not."""
+    rule = WIDTHS[width]
+    rows, columns = lattice.codes.shape
+    by_row = lattice.scales.shape[1] == 1
+    if lattice.levels not in rule.levels:
+        return lattice.dequantize(), f"it holds {lattice.levels} codes"
+    if by_row and columns % rule.row_multiple == 0:
+        scales = np.broadcast_to(lattice.scales, (rows, 1))
+        return Packed(element=rule.element, codes=lattice.codes, scales=scales), ""
+    if by_row:
+        return lattice.dequantize(), f"{columns} columns are no multiple of {rule.row_multiple}"
+    assert lattice.group is not None
+    block = next((size for size in GROUPS if columns % size == 0 and lattice.group % size == 0), None)
+    if block is None:
+        return lattice.dequantize(), f"{columns} columns in scale groups of {lattice.group} have no block of 16 to 256"
+    return Packed(element=rule.element, codes=lattice.codes, scales=lattice.block_scales(block)), ""
+
+
+def _broken_graph(name: str, found: str) -> GateFailed:
+    return GateFailed(
+        "EW-540",
+        f"the graph and the checkpoint differ in the weight {name!r}",
+        expected="every matrix of the checkpoint, in products and lookups alone",
+        found=found,
+        fix="this architecture is laid out in a way that is not known here: export to another target",
+    )
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def _read(ov: Any, path: Path, source: Source) -> Any:
+    """The traced graph as an OpenVINO model."""
+    try:
+        return ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise BadInput(
+            "EW-542",
+            "OpenVINO cannot read the graph of this model",
+            where=source.directory.absolute(),
+            expected="operators that its ONNX reader knows",
+            found=str(error).strip().splitlines()[-1][:300],
+            fix="export to onnx, genai or gguf; or install a newer openvino",
+        ) from error
+
+
+def _set_runtime_options(model: Any, elements: set[str]) -> None:
+    """What every pipeline that opens this model shall do, see the head of this file."""
+    options = {"KV_CACHE_PRECISION": "f16"}  # the default, 8 bits, costs more than all other rounding
+    if "u2" in elements:
+        options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+    for name, value in options.items():
+        model.set_rt_info(value, ["runtime_options", name])
+
+
+def _write_tokenizer(ov: Any, source: Source, directory: Path) -> None:
+    """tokenizer.json with its settings, and both tokenizer models made from them."""
+    source.write_tokenizer(directory)
+    from transformers import PreTrainedTokenizerFast
+
+    convert_tokenizer = load("openvino_tokenizers").convert_tokenizer
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        models = convert_tokenizer(tokenizer, with_detokenizer=True)
+    except Exception as error:  # every step of a tokenizer fails its own way
+        raise BadInput(
+            "EW-541",
+            "OpenVINO cannot express this tokenizer",
+            where=source.directory.absolute(),
+            expected="a tokenizer whose steps openvino_tokenizers knows",
+            found=f"{type(error).__name__}: {str(error).strip()[:200]}",
+            fix="export to genai or onnx",
+        ) from error
+    for model, name in zip(models, ("openvino_tokenizer", "openvino_detokenizer"), strict=True):
+        ov.save_model(model, directory / f"{name}.xml", compress_to_fp16=False)
+
+
+def _write_configs(source: Source, directory: Path) -> None:
+    """config.json as it is, and a generation_config.json that names the special tokens."""
+    shutil.copyfile(source.directory / "config.json", directory / "config.json")
+    given = source.directory / "generation_config.json"
+    if given.is_file():
+        shutil.copyfile(given, directory / given.name)
+        return
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    known = {key: source.config[key] for key in keys if source.config.get(key) is not None}
+    (directory / given.name).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
