@@ -90,6 +90,6 @@ def _documents(source: Source, files: Sequence[str | Path]) -> Iterator[list[int
     tokenizer = open_tokenizer(source.directory)
     vocabulary = [tokenizer.id_to_token(index) or "" for index in range(tokenizer.get_vocab_size())]
     special = [special_ids(source.config, source.tokenizer_config, kind, vocabulary) for kind in ("bos", "eos")]
-    start = next((ids[:1] for ids in special if ids), [])
+    start: list[int] = next((ids[:1] for ids in special if ids), [])
     for _, text in iterate_documents([str(file) for file in files]):
         yield start + tokenizer.encode(text, add_special_tokens=False).ids

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edgewright.export.decoder_blocks import last_hidden, set_matrix, weight_of
+from edgewright.export.decoder_blocks import BATCH, set_matrix, weight_of
 from edgewright.export.lattice import ceil_div
 
 NARROW, WIDE = 4, 8
@@ -55,13 +54,13 @@ def measure(
         rounded: the narrow float32 `[out, in]` of a name.
     """
     probe = sequences[: max(1, PROBE_TOKENS // sequences.shape[1])]
-    reference = _log_probabilities(model, probe)
+    reference = log_probabilities(model, probe)
     losses = []
     for names in units:
         kept = {name: weight_of(layers[name]).detach().clone() for name in names}
         for name in names:
             set_matrix(layers[name], rounded(name))
-        losses.append(max(0.0, _kl(reference, _log_probabilities(model, probe))))
+        losses.append(max(0.0, divergence(reference, log_probabilities(model, probe))))
         for name, value in kept.items():
             with torch.no_grad():
                 weight_of(layers[name]).copy_(value)
@@ -96,15 +95,19 @@ def widening(shape: tuple[int, ...], group: int) -> float:
     return rows * ceil_div(columns, group) * group * (WIDE - NARROW) / 8
 
 
-def _log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
-    """float32 `[positions, vocabulary]` of evenly spread positions."""
-    hidden = last_hidden(model, sequences).flatten(0, 1)
-    head: Any = model.get_output_embeddings()
-    most = max(64, MAX_LOGITS // int(model.config.vocab_size))
+def log_probabilities(model: PreTrainedModel, sequences: Tensor) -> Tensor:
+    """What a model predicts on sequences `[count, length]`: float32 `[positions, vocabulary]`, evenly spread."""
+    count, length = sequences.shape
+    each = max(1, min(length, MAX_LOGITS // int(model.config.vocab_size) // count))
+    kept = torch.arange(length - 1, -1, -ceil_div(length, each)).flip(0)
     with torch.inference_mode():
-        return torch.log_softmax(head(hidden[:: ceil_div(len(hidden), most)]), dim=-1)
+        parts = [
+            model(input_ids=part, use_cache=False, logits_to_keep=kept).logits.flatten(0, 1)
+            for part in sequences.split(BATCH)
+        ]
+        return torch.log_softmax(torch.cat(parts).float(), dim=-1)
 
 
-def _kl(right: Tensor, found: Tensor) -> float:
-    """Mean KL(right || found) over rows of log-probabilities."""
+def divergence(right: Tensor, found: Tensor) -> float:
+    """Mean KL(right || found) over rows of log-probabilities, nats."""
     return float((right.exp().double() * (right - found).double()).sum(dim=-1).mean())
