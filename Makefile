@@ -17,7 +17,7 @@ setup: .venv/installed
 	@command -v cc >/dev/null && command -v c++ >/dev/null \
 		|| { echo "A C++ compiler is needed to build llama.cpp: apt-get install build-essential, or xcode-select --install" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[genai,llamacpp,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[genai,llamacpp,openvino,dev]"
 	@touch $@
 
 demo: setup

@@ -117,11 +117,20 @@ def _llamacpp() -> str:
 
 
 def _openvino() -> str:
-    import openvino
-    import openvino_genai  # noqa: F401 - that it can be imported is what is tried
-    import openvino_tokenizers  # noqa: F401
+    import numpy as np
 
-    return f"{version('openvino')}, devices {' '.join(openvino.Core().available_devices)}"
+    from edgewright.export.openvino_package import load
+
+    ov = load()
+    for package in ("openvino_genai", "openvino_tokenizers"):
+        load(package)
+    value = ov.opset13.parameter([2], np.float32)
+    model = ov.Model([ov.opset13.result(ov.opset13.add(value, value))], [value], "twice")
+    core = ov.Core()
+    result = core.compile_model(model, "CPU")([np.array([1, 2], np.float32)])[0]
+    if list(result) != [2, 4]:
+        raise ArithmeticError(f"x + x gave {result}")
+    return f"{version('openvino')}, genai {version('openvino-genai')}, devices {' '.join(core.available_devices)}"
 
 
 def _import(package: str, distribution: str) -> Callable[[], str]:
