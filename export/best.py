@@ -24,10 +24,17 @@ from edgewright.files import disk_errors
 
 BITS = {
     "fp32": 32, "f32": 32, "fp16": 16, "f16": 16, "bf16": 16, "q8_0": 8.5, "int8": 8.25, "q6_k": 6.5625, "q5_k": 5.5,
-    "q5_0": 5.5, "q4_1": 5, "q4_k": 4.5, "q4_0": 4.5, "int4": 4.5, "q3_k": 3.4375, "q2_k": 2.625, "q2_0": 2.25,
+    "q5_k_m": 5.7, "q5_0": 5.5, "q4_1": 5, "q4_k_m": 4.9, "q4_k": 4.5, "iq4_nl": 4.5, "q4_0": 4.5, "int4": 4.5,
+    "q3_k_m": 3.9, "q3_k": 3.4375, "q2_k": 2.625, "q2_0": 2.25,
     "ternary": 2.25, "tq2_0": 2.0625, "tq1_0": 1.6875,
 }  # fmt: skip
 """Bits a weight takes, scales included: to leave out what cannot fit the budget before it is written."""
+
+SIBLINGS = {
+    "bf16": "f16", "q5_0": "q5_k_m", "q5_k": "q5_k_m", "q4_1": "q4_k_m", "q4_k": "q4_k_m", "iq4_nl": "q4_k_m",
+    "q3_k": "q3_k_m", "q2_0": "tq2_0",
+}  # fmt: skip
+"""Widths that stand back for one that is about as small and fast, and better."""
 
 TERNARY = frozenset({"ternary", "tq2_0", "tq1_0", "q2_0"})
 """Widths for weights that were trained ternary."""
@@ -136,6 +143,8 @@ def _unfit(candidate: Candidate, source: Source, budget: float) -> str:
         return f"its runtime is not installed: {SESSIONS[runtime][3]}"
     if candidate.quant in TERNARY and not any(lattice.levels == "ternary" for lattice in source.lattice.values()):
         return "the weights were not trained ternary"
+    if candidate.quant in SIBLINGS:
+        return f"{SIBLINGS[candidate.quant]} is tried in its place"
     estimate = estimated_bytes(source, candidate.quant, candidate.embedding_quant)
     return f"about {estimate / 1e6:.0f} MB, over the budget" if SURELY * estimate > budget else ""
 

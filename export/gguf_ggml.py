@@ -19,6 +19,8 @@ LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 """What the library is called on each system."""
 
 _DEQUANTIZERS = {
+    "q4_1": "dequantize_row_q4_1",
+    "q5_0": "dequantize_row_q5_0",
     "q2_k": "dequantize_row_q2_K",
     "q3_k": "dequantize_row_q3_K",
     "q4_k": "dequantize_row_q4_K",
@@ -33,7 +35,7 @@ def quantize(values: np.ndarray, width: str, importance: np.ndarray | None = Non
 
     Args:
         values: float32 `[rows, columns]`, columns a multiple of the type's block.
-        width: one of `gguf_widths.SEARCHED`.
+        width: one of `gguf_widths.SEARCHED`, `q4_1` or `q5_0`.
         importance: mean square of each column's input, float32 `[columns]`; None weighs by the weights themselves.
 
     Returns:

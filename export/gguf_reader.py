@@ -35,6 +35,13 @@ NEIGHBOURS = frozenset({"llama", "granite_swa", "smollm3"})
 ONE_MORE = frozenset({"gemma", "gemma2", "gemma3"})
 """The graphs whose norms multiply by the stored weight, where the checkpoint's multiply by 1 + weight."""
 
+MIXES = {
+    12: ("q3_k_m", frozenset({"q3_k", "q4_k", "q5_k", "q6_k"})),
+    15: ("q4_k_m", frozenset({"q4_k", "q5_k", "q6_k"})),
+    17: ("q5_k_m", frozenset({"q5_k", "q6_k"})),
+}
+"""llama.cpp's numbers for kinds of files that mix types, with the types."""
+
 APART = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
 """What Phi-3 keeps in one tensor and a windowed graph has apart."""
 
@@ -55,8 +62,16 @@ def read_weights(path: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]
 
 
 def widths(path: Path) -> set[str]:
-    """The types in which a file stores its matrices, by ggml's lower-case names."""
-    return {tensor.kind for tensor in open_gguf(path).tensors.values() if len(tensor.shape) > 1}
+    """The types in which a file stores its matrices, by ggml's lower-case names; those of a mix by the mix's name.
+
+    Embedded positions, which are added and not multiplied, do not count: they are in float32 in every file.
+    """
+    file = open_gguf(path)
+    matrices = {name: tensor for name, tensor in file.tensors.items() if len(tensor.shape) > 1}
+    found = {tensor.kind for name, tensor in matrices.items() if name != "position_embd.weight"}
+    kind = file.settings.get("general.file_type")
+    name, parts = MIXES.get(kind if isinstance(kind, int) else -1, ("", frozenset()))
+    return (found - parts) | {name} if name and found & parts else found
 
 
 def _parts(target: str | None, *, apart: bool) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgewright.export.lattice import LatticeTensor
-from edgewright.export.layout import FORMATS
+from edgewright.export.layout_ggml import FORMATS, Q4_1, BlockFormat, OffsetFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,10 @@ WIDTHS = {
 SEARCHED = frozenset({"q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"})
 """Types whose codes ggml searches for, by importance where that is known; no lattice of a checkpoint survives that."""
 
-HOLDERS = tuple(
-    width
-    for width in ("tq2_0", "q2_0", "q4_0", "q4_1", "q5_0", "q8_0", "f16", "f32")
-    if width in {*FORMATS, "f16", "f32"}
-)
+BLOCKS: dict[str, BlockFormat | OffsetFormat] = {**FORMATS, "q4_1": Q4_1}
+"""The types that hold a lattice."""
+
+HOLDERS = ("tq2_0", "q2_0", "q4_0", "q4_1", "q5_0", "q8_0", "f16", "f32")
 """What takes a quantized weight that the width asked for does not hold: the first of these, no narrower, that does.
 The ternary type that is narrower still is left out, since it runs at half the speed."""
 
@@ -160,16 +159,17 @@ def _why_not(width: str, columns: int, lattice: LatticeTensor | None) -> str | N
         return None
     if width in SEARCHED:
         return f"{width} would round its lattice"
-    if np.abs(lattice.scales).max(initial=0) > np.finfo(np.float16).max:
+    if width == "bf16":
+        values = lattice.dequantize()
+        return None if np.array_equal(in_half(values, width), values) else "its values are not exact in bf16"
+    try:
+        halved = lattice.scales_rounded(np.float16)
+    except ValueError:
         return "a scale is too large for float16"
-    halved = lattice.scales_rounded(np.float16)
-    if width in FORMATS:
-        return FORMATS[width].holds_exactly(halved)
-    return None if _survives(halved.dequantize(), width) else f"its values are not exact in {width}"
-
-
-def _survives(values: np.ndarray, width: str) -> bool:
-    return np.array_equal(in_half(values, width), values)
+    if width in BLOCKS:
+        return BLOCKS[width].holds_exactly(halved)
+    values = halved.dequantize()
+    return None if np.array_equal(in_half(values, width), values) else "its values are not exact in f16"
 
 
 def in_half(values: np.ndarray, width: str) -> np.ndarray:

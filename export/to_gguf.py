@@ -33,6 +33,7 @@ from edgewright.export.gguf_architecture import (
 from edgewright.export.gguf_rope import rope_constants, rope_settings
 from edgewright.export.gguf_vocabulary import read_vocabulary
 from edgewright.export.gguf_widths import (
+    BLOCKS,
     SEARCHED,
     WIDTHS,
     bf16_bits,
@@ -42,7 +43,6 @@ from edgewright.export.gguf_widths import (
     width_for,
 )
 from edgewright.export.lattice import LatticeTensor, round_q4_0, round_q8_0, round_ternary
-from edgewright.export.layout import FORMATS
 from edgewright.export.source import Source
 
 ROUND: dict[str, Callable[[np.ndarray], LatticeTensor]] = {
@@ -52,7 +52,7 @@ ROUND: dict[str, Callable[[np.ndarray], LatticeTensor]] = {
     "tq1_0": round_ternary,
     "tq2_0": round_ternary,
 }
-"""How a weight that has no lattice gets one, in the types that do not search for it."""
+"""How a weight that has no lattice gets one; in the other types ggml's library makes the blocks."""
 
 _NAMES_WITH_MEANING = re.compile(r"phi-?3|modern-bert", re.IGNORECASE)
 """In a model's name these make llama.cpp look for tokens that the vocabulary need not have; such a name is left out."""
@@ -123,7 +123,9 @@ def write(source: Source, path: Path, *, quant: str, embedding_quant: str | None
         lattice=lattice,
         digests=digests,
         embedding_quant=embedding_quant or _embedding_width(quant),
-        versions={name: version(name) for name in ("gguf", "llama-cpp-python") if name == "gguf" or _searches(placed)},
+        versions={
+            name: version(name) for name in ("gguf", "llama-cpp-python") if name == "gguf" or _by_library(placed)
+        },
     )
 
 
@@ -249,8 +251,8 @@ def _embedding_width(quant: str) -> str:
     return quant if quant in ("f32", "bf16") else "f16"
 
 
-def _searches(placed: list[Placed]) -> bool:
-    return any(tensor.width in SEARCHED for tensor in placed)
+def _by_library(placed: list[Placed]) -> bool:
+    return any(tensor.width in {*SEARCHED, *BLOCKS} - ROUND.keys() for tensor in placed)
 
 
 # ---------------------------------------------------------------- values and bytes
@@ -306,11 +308,11 @@ def _lay_out(source: Source, weight: _Weight, tensor: Placed) -> tuple[np.ndarra
 
 
 def _packed(source: Source, weight: _Weight, width: str) -> tuple[np.ndarray, np.ndarray]:
-    if width in FORMATS:
+    if width in BLOCKS and (weight.lattice is not None or width in ROUND):
         lattice = _stored_lattice(source, weight, width)
-        return FORMATS[width].pack(lattice), lattice.dequantize()
+        return BLOCKS[width].pack(lattice), lattice.dequantize()
     values = weight.as_float(width)
-    if width in SEARCHED:
+    if width in SEARCHED or width in BLOCKS:
         blocks = gguf_ggml.quantize(values, width, source.importance.get(weight.name))
         return blocks, gguf_ggml.dequantize(blocks, width, values.shape[1])
     if width == "f32":
