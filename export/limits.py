@@ -72,7 +72,7 @@ LIMITS = {
     "q3_k_m": _3_BITS,
     "q2_k": _2_BITS,
 }
-"""By width, as the targets call it. Ternary weights are exact: they were trained so; what remains are activations, which
+"""By width, as the targets call it. Ternary weights are exact, being trained so; what remains are activations, which
 most runtimes quantize to 8 bits."""
 
 EXACT = Limit(kl=1e-4, runtime=1e-5, perplexity=1.005, regret=0.05)  # 2e-7, 3e-12, 1.0000, 0
