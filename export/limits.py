@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from edgewright.errors import BadInput
 
 
+MAX_ABS_DIFF = 1e-3
+"""Largest difference of two logits in a lossless file, in a runtime that computes in float32."""
+
+ROUNDED_ABS_DIFF = 2e-2
+"""The same in a runtime that rounds some function to half precision, as llama.cpp does with a tanh GELU (5e-3 there)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """What a width may cost."""
@@ -23,6 +30,8 @@ class Limit:
     """Nats by which the checkpoint may prefer its own first choice to the file's, at all but 1% of the positions. This
     judges top-1 by its margin: a model that was never trained has flat logits and changes its first choice at a
     breath, which says nothing; then KL and `runtime` decide."""
+    logits: float = MAX_ABS_DIFF
+    """Largest difference of two logits in a lossless file."""
 
 
 LOSSLESS = frozenset({"f32", "fp32"})
@@ -78,10 +87,6 @@ most runtimes quantize to 8 bits."""
 EXACT = Limit(kl=1e-4, runtime=1e-5, perplexity=1.005, regret=0.05)  # 2e-7, 3e-12, 1.0000, 0
 """Ternary weights in a runtime that computes in float32: what remains are scales that half precision rounds."""
 
-MAX_ABS_DIFF = 1e-3
-"""Largest difference of two logits in a lossless file."""
-
-
 def limit_for(widths: Iterable[str], *, fp32_compute: bool) -> Limit:
     """What a file of these widths may cost: in each respect what the most generous of them allows.
 
@@ -109,4 +114,5 @@ def limit_for(widths: Iterable[str], *, fp32_compute: bool) -> Limit:
         runtime=_FLOAT32.runtime if fp32_compute else max(row.runtime for row in rows),
         perplexity=max(row.perplexity for row in rows),
         regret=max(row.regret for row in rows),
+        logits=MAX_ABS_DIFF if fp32_compute else ROUNDED_ABS_DIFF,
     )
