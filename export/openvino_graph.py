@@ -1,80 +1,44 @@
 """What the OpenVINO writer does to a graph: weights become compressed constants, the cache becomes a state.
 
-A compressed weight is `Constant -> Convert -> (Subtract 2) -> Multiply(scale) -> (Reshape)`, all in float32, which is
-the pattern that the CPU plugin keeps compressed and multiplies from codes. The last node bears the checkpoint's name.
+A compressed weight is `Constant -> Convert -> (Subtract(zero)) -> Multiply(scale) -> (Reshape)`, all in float32: the
+pattern that the CPU plugin keeps compressed and multiplies from codes. The last node bears the checkpoint's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from edgewright.export.lattice import LatticeTensor
+from edgewright.export.layout_openvino import OpenVinoWeight
 from edgewright.export.openvino_package import load
 
-ZERO_POINT = 2
-"""Of 2-bit codes, which OpenVINO has without sign only: stored are 1, 2, 3."""
 
-ELEMENTS = {"i8": 8, "i4": 4, "u2": 2}
-"""Bits of the element types of codes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packed:
-    """A weight as codes and scales, ready for the graph."""
-
-    element: str
-    """A key of `ELEMENTS`."""
-    codes: np.ndarray
-    """int8 `[rows, columns]`, signed."""
-    scales: np.ndarray
-    """float32 `[rows, groups]`; the groups of a row are of equal size."""
-
-    def values(self) -> np.ndarray:
-        """What the graph gives back: float32 `[rows, columns]`."""
-        rows, columns = self.codes.shape
-        groups = self.codes.astype(np.float32).reshape(rows, self.scales.shape[1], -1)
-        return (groups * self.scales[:, :, None]).reshape(rows, columns)
-
-
-def packed_bytes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 `[bytes]`: codes in the order of the array, low bits first, negative ones as two's complement."""
-    per_byte = 8 // bits
-    flat = codes.reshape(-1)
-    flat = np.pad(flat, (0, -flat.size % per_byte)).view(np.uint8) & np.uint8(2**bits - 1)
-    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
-    return np.bitwise_or.reduce(flat.reshape(-1, per_byte) << shifts, axis=1)
-
-
-def compressed(weight: Packed, name: str) -> Any:
-    """The node that gives float32 `[rows, columns]`, named after the checkpoint's weight."""
+def compressed(layout: OpenVinoWeight, lattice: LatticeTensor, name: str) -> Any:
+    """The node that gives a lattice's values, float32 `[rows, columns]`, named after the checkpoint's weight."""
     ov = load()
     ops = ov.opset13
-    rows, columns = weight.codes.shape
-    groups = weight.scales.shape[1]
-    grouped = [rows, columns] if groups == 1 else [rows, groups, columns // groups]
-    stored = weight.codes + np.int8(ZERO_POINT) if weight.element == "u2" else weight.codes
-    data = ov.Tensor(packed_bytes(stored, ELEMENTS[weight.element]), ov.Shape(grouped), ov.Type(weight.element))
-    node = ops.convert(ov.op.Constant(data, False), "f32")
-    if weight.element == "u2":
-        node = ops.subtract(node, ops.convert(ops.constant(np.full([1] * len(grouped), ZERO_POINT, np.uint8)), "f32"))
-    node = ops.multiply(node, _scales(weight.scales.reshape(grouped[:-1] + [1])))
-    if groups > 1:
+    rows, columns = lattice.codes.shape
+    data, scales, zeros = layout.pack(lattice)
+    grouped = [rows, columns] if layout.group is None else [rows, columns // layout.group, layout.group]
+    kind = getattr(ov.Type, layout.element)  # not Type("u2"), which is u16
+    node = ops.convert(ov.op.Constant(ov.Tensor(data, ov.Shape(grouped), kind), False), "f32")
+    if zeros is not None:
+        node = ops.subtract(node, ops.convert(ops.constant(_beside(zeros, grouped)), "f32"))
+    scale = ops.constant(_beside(scales, grouped))
+    node = ops.multiply(node, scale if scales.dtype == np.float32 else ops.convert(scale, "f32"))
+    if layout.group is not None:
         node = ops.reshape(node, ops.constant(np.array([rows, columns], np.int64)), False)
     node.set_friendly_name(name)
     return node
 
 
-def _scales(scales: np.ndarray) -> Any:
-    """In half precision where that holds them exactly; the product is one of float32 either way."""
-    ops = load().opset13
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
-    if np.array_equal(half.astype(np.float32), scales):
-        return ops.convert(ops.constant(half), "f32")
-    return ops.constant(np.ascontiguousarray(scales, np.float32))
+def _beside(values: np.ndarray, grouped: list[int]) -> np.ndarray:
+    """Values of groups `[rows, groups]` or `[1, 1]`, in a shape that broadcasts to that of the codes."""
+    shape = [1] * len(grouped) if values.size == 1 else [*grouped[:-1], 1]
+    return np.ascontiguousarray(values).reshape(shape)
 
 
 def dense(values: np.ndarray, name: str) -> Any:

@@ -33,8 +33,8 @@ from edgewright.errors import BadInput, GateFailed
 from edgewright.export import openvino_graph
 from edgewright.export.artifact import Fallback, Written, digest, sync
 from edgewright.export.decoder_graph import trace
-from edgewright.export.lattice import LatticeTensor, Levels, round_int, round_q4_0
-from edgewright.export.openvino_graph import Packed
+from edgewright.export.lattice import LatticeTensor, round_int, round_q4_0
+from edgewright.export.layout_openvino import OpenVinoWeight
 from edgewright.export.openvino_package import load
 from edgewright.export.runtimes.openvino import CONTEXT_LENGTH
 from edgewright.export.source import Source
@@ -49,24 +49,11 @@ EMBEDDING_DEFAULT = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "in
 """The width of token embedding and head without a lattice, where none is asked for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Width:
-    """How codes of one width are stored."""
+ELEMENTS = {"ternary": ("u2",), "int4": ("i4", "u4"), "int8": ("i8", "u8")}
+"""OpenVINO's types for the packed widths, the fastest first; those without sign hold zero points."""
 
-    element: str
-    """OpenVINO's name of the type."""
-    levels: tuple[Levels, ...]
-    """The lattices that may be stored at this width."""
-    row_multiple: int
-    """What the columns must be a multiple of for one scale a row."""
-
-
-WIDTHS = {
-    "ternary": Width(element="u2", levels=("ternary",), row_multiple=4),
-    "int4": Width(element="i4", levels=("ternary", "int4"), row_multiple=1),
-    "int8": Width(element="i8", levels=("ternary", "int4", "int8"), row_multiple=1),
-}
-"""The packed widths."""
+ROW_MULTIPLE = {"u2": 4}
+"""What the columns must be a multiple of for one scale a row."""
 
 WIDER = {
     "fp32": ("fp32",),
@@ -171,7 +158,7 @@ class _Packing:
         if name in (source.embedding, source.head):
             width = self.embedding_quant
             if width is None:
-                own = name in source.lattice and self.quant in WIDTHS
+                own = name in source.lattice and self.quant in ELEMENTS
                 width = self.quant if own else EMBEDDING_DEFAULT[self.quant]
             self.embedding_width = width
         else:
@@ -189,21 +176,24 @@ class _Packing:
             lost = lost or reason
         if lost:
             self.fallbacks.append(Fallback(name, width, lost))
-        if isinstance(found, Packed):
-            self.elements.add(found.element)
-            kept = found.values()
-            node = openvino_graph.compressed(found, name)
-        else:
+        if isinstance(found, np.ndarray):
             kept = found.astype(np.float32)
             node = openvino_graph.dense(found, name)
+        else:
+            layout, packed = found
+            self.elements.add(layout.element)
+            kept = packed.dequantize()
+            node = openvino_graph.compressed(layout, packed, name)
         self.digests[name] = digest(kept)
         right = values if lattice is None else lattice.dequantize()
         self.stored[name] = "exact" if np.array_equal(kept, right) else f"rounded to {width}"
         return node
 
 
-def _at(width: str, values: np.ndarray, lattice: LatticeTensor | None) -> tuple[Packed | np.ndarray, str]:
-    """A weight at a width, or why not; float32 always works."""
+def _at(
+    width: str, values: np.ndarray, lattice: LatticeTensor | None
+) -> tuple[np.ndarray | tuple[OpenVinoWeight, LatticeTensor], str]:
+    """A weight at a width, as values or as a lattice and its layout, or why not; float32 always works."""
     right = values if lattice is None else lattice.dequantize()
     if width == "fp32":
         return right, ""
@@ -218,7 +208,8 @@ def _at(width: str, values: np.ndarray, lattice: LatticeTensor | None) -> tuple[
         lattice, reason = _rounded(values, width)
         if lattice is None:
             return values, reason
-    return _packed(lattice, width)
+    layout, reason = _layout(lattice, width)
+    return (right, reason) if layout is None else ((layout, lattice), "")
 
 
 def _rounded(values: np.ndarray, width: str) -> tuple[LatticeTensor | None, str]:
@@ -240,23 +231,20 @@ def _rounded(values: np.ndarray, width: str) -> tuple[LatticeTensor | None, str]
     return round_int(values, bits=4, group=group, scale_dtype=np.float16), ""
 
 
-def _packed(lattice: LatticeTensor, width: str) -> tuple[Packed | np.ndarray, str]:
-    """The lattice at a width, or its values and why not."""
-    rule = WIDTHS[width]
-    rows, columns = lattice.codes.shape
-    by_row = lattice.scales.shape[1] == 1
-    if lattice.levels not in rule.levels:
-        return lattice.dequantize(), f"it holds {lattice.levels} codes"
-    if by_row and columns % rule.row_multiple == 0:
-        scales = np.broadcast_to(lattice.scales, (rows, 1))
-        return Packed(element=rule.element, codes=lattice.codes, scales=scales), ""
-    if by_row:
-        return lattice.dequantize(), f"{columns} columns are no multiple of {rule.row_multiple}"
-    assert lattice.group is not None
-    block = next((size for size in GROUPS if columns % size == 0 and lattice.group % size == 0), None)
-    if block is None:
-        return lattice.dequantize(), f"{columns} columns in scale groups of {lattice.group} have no block of 16 to 256"
-    return Packed(element=rule.element, codes=lattice.codes, scales=lattice.block_scales(block)), ""
+def _layout(lattice: LatticeTensor, width: str) -> tuple[OpenVinoWeight | None, str]:
+    """How a width holds a lattice, with as few scales as it takes; or why it does not."""
+    columns = lattice.codes.shape[1]
+    reason = ""
+    for element in ELEMENTS[width]:
+        by_row = [None] if columns % ROW_MULTIPLE.get(element, 1) == 0 else []
+        for group in [*by_row, *(group for group in GROUPS if columns % group == 0)]:
+            for scale in (np.float16, np.float32):
+                layout = OpenVinoWeight(element=element, group=group, scale=scale)
+                why_not = layout.holds_exactly(lattice)
+                if why_not is None:
+                    return layout, ""
+                reason = why_not
+    return None, reason or f"{columns} columns are no multiple of {min(ROW_MULTIPLE.values())}"
 
 
 def _broken_graph(name: str, found: str) -> GateFailed:

@@ -19,6 +19,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
+from edgewright.export.guard_openvino import check_openvino_folder
 from edgewright.export.openvino_package import load
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.export.source import special_ids
@@ -54,13 +55,15 @@ class OpenVinoSession(Session):
         exact: whether activations are left alone in files of codes as well.
 
     Raises:
-        BadInput: EW-603 without OpenVINO; EW-604 when it cannot open the folder; EW-618 when the model has no state.
+        BadInput, Unsafe: what `check_openvino_folder` refuses; EW-603 without OpenVINO; EW-604 when it cannot open the
+            folder; EW-618 when the model has no state.
     """
 
     runtime = "openvino"
 
     def __init__(self, path: Path, *, threads: int | None = None, exact: bool = False) -> None:
         self.path = path
+        check_openvino_folder(path)
         try:
             self._model: Any = load().Core().read_model(path / "openvino_model.xml")
         except RuntimeError as error:
