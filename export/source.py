@@ -15,6 +15,7 @@ from edgewright.export.architecture import Architecture, read_architecture, read
 from edgewright.export.detection import detect_lattice
 from edgewright.export.guard import MAX_INDEX_BYTES, check_model_directory, read_json
 from edgewright.export.lattice import SIDECAR, LatticeTensor, load_sidecar
+from edgewright.export.packed_checkpoint import Packing, find_packing
 from edgewright.export.tokenizer_files import open_tokenizer, read_tokenizer, write_tokenizer
 
 if TYPE_CHECKING:
@@ -151,30 +152,44 @@ def load_source(directory: Path | str) -> Source:
     """Open a model directory for export.
 
     Raises:
-        Unsafe, BadInput: what `check_model_directory` refuses; EW-320 to EW-324 and EW-329 for lattice and tensors;
-            EW-325 and EW-328 for the tokenizer; EW-327 for the configuration.
+        Unsafe, BadInput: what `check_model_directory` refuses; EW-320 to EW-324, EW-326 and EW-329 for lattice and
+            tensors; EW-325 and EW-328 for the tokenizer; EW-327 for the configuration.
     """
     directory = Path(directory)
     check_model_directory(directory)
     architecture = read_architecture(directory)
     open_tokenizer(directory)
-    files, stored = tensor_files(directory, architecture)
+    config = read_config(directory)
+    packing = find_packing(directory, config)
+    found = _stored_tensors(directory)
+    tensors = _named_tensors(directory, architecture, found, packing)
     optional = directory / "tokenizer_config.json"
     plain = Source(
         directory=directory,
-        config=read_config(directory),
+        config=config,
         architecture=architecture,
         tokenizer=read_tokenizer(directory),
         tokenizer_config=read_json(optional) if optional.exists() else {},
         lattice={},
-        files=files,
-        stored=stored,
+        files=tensors.files,
+        stored=tensors.stored,
         sha256=weights_sha256(directory),
     )
+    if packing is not None:
+        paths = {key: path for key, (path, _) in found.items()}
+        lattice = {name: _unpacked(plain, packing, paths, name) for name in sorted(tensors.packed)}
+        return replace(plain, lattice=lattice, restored=tensors.packed)
     if (directory / SIDECAR).exists():
         lattice, restored = _checked_sidecar(plain)
         return replace(plain, lattice=lattice, restored=restored)
     return replace(plain, lattice=_detected(plain))
+
+
+def _unpacked(source: Source, packing: Packing, paths: Mapping[str, Path], name: str) -> LatticeTensor:
+    """A weight that the files hold packed; they always hold it `[out, in]`."""
+    rows, columns = source.architecture.shapes[name][:: -1 if source.stores_transposed(name) else 1]
+    settings = source.config["quantization_config"]
+    return packing.read(paths, source.stored.get(name, name), (rows, columns), settings)
 
 
 def weights_sha256(directory: Path) -> str:
@@ -203,29 +218,56 @@ def special_ids(
     return [tokens.index(text)] if text in tokens else []
 
 
-def tensor_files(directory: Path, architecture: Architecture) -> tuple[dict[str, Path], dict[str, str]]:
-    """The file of every weight of the architecture, and its name there where that differs.
+def _stored_tensors(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor, by its name in the file."""
+    from safetensors import safe_open
+
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in _weight_paths(directory):
+        with safe_open(path, framework="pt") as file:
+            found |= {key: (path, tuple(file.get_slice(key).get_shape())) for key in sorted(file.keys())}
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tensors:
+    """The tensors of a directory under their state-dict names."""
+
+    files: dict[str, Path]
+    stored: dict[str, str]
+    """Names in the files, where they differ."""
+    packed: frozenset[str]
+
+
+def _named_tensors(
+    directory: Path,
+    architecture: Architecture,
+    found: Mapping[str, tuple[Path, tuple[int, ...]]],
+    packing: Packing | None,
+) -> _Tensors:
+    """The tensors of the files, by their names in the state dict.
 
     Raises:
         BadInput: EW-324, weights are missing or of another shape; EW-329, there are tensors that it does not know.
     """
-    from safetensors import safe_open
-
     files: dict[str, Path] = {}
     stored: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    packed: set[str] = set()
     unknown = []
-    for path in _weight_paths(directory):
-        with safe_open(path, framework="pt") as file:
-            for key in sorted(file.keys()):
-                name = architecture.state_name(key)
-                if name is None:
-                    unknown += [] if architecture.ignores(key) else [key]
-                    continue
-                files[name] = path
-                shapes[name] = tuple(file.get_slice(key).get_shape())
-                if name != key:
-                    stored[name] = key
+    for key, (path, shape) in found.items():
+        if packing is not None and packing.is_companion(key):
+            continue
+        name = architecture.state_name(key)
+        if name is None:
+            unknown += [] if architecture.ignores(key) else [key]
+            continue
+        files[name], shapes[name] = path, shape
+        if name != key:
+            stored[name] = key
+        if packing is not None and packing.is_packed(key, found):
+            packed.add(name)
+            shapes[name] = architecture.shapes[name]  # compared when it is unpacked
     if unknown:
         raise BadInput(
             "EW-329",
@@ -237,7 +279,7 @@ def tensor_files(directory: Path, architecture: Architecture) -> tuple[dict[str,
         )
     _untie(architecture, files, stored, shapes)
     _check_complete(directory, architecture, shapes)
-    return files, stored
+    return _Tensors(files=files, stored=stored, packed=frozenset(packed))
 
 
 def _untie(
