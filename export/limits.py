@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgewright.errors import BadInput
-
 
 MAX_ABS_DIFF = 1e-3
 """Largest difference of two logits in a lossless file, in a runtime that computes in float32."""
 
 ROUNDED_ABS_DIFF = 2e-2
-"""The same in a runtime that rounds some function to half precision, as llama.cpp does with a tanh GELU (5e-3 there)."""
+"""The same where a runtime rounds some function to half precision, as llama.cpp does with a tanh GELU (5e-3 there)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class Limit:
     """Nats by which the checkpoint may prefer its own first choice to the file's, at all but 1% of the positions. This
     judges top-1 by its margin: a model that was never trained has flat logits and changes its first choice at a
     breath, which says nothing; then KL and `runtime` decide."""
-    logits: float = MAX_ABS_DIFF
+    logits: float = field(default=MAX_ABS_DIFF, compare=False)
     """Largest difference of two logits in a lossless file."""
 
 
@@ -86,6 +85,7 @@ most runtimes quantize to 8 bits."""
 
 EXACT = Limit(kl=1e-4, runtime=1e-5, perplexity=1.005, regret=0.05)  # 2e-7, 3e-12, 1.0000, 0
 """Ternary weights in a runtime that computes in float32: what remains are scales that half precision rounds."""
+
 
 def limit_for(widths: Iterable[str], *, fp32_compute: bool) -> Limit:
     """What a file of these widths may cost: in each respect what the most generous of them allows.

@@ -255,9 +255,8 @@ def _judged_by_width(measured: Comparison, widths: set[str], limit: Limit) -> li
             f"its first choices are worse than the checkpoint's by {measured.top1_regret:.3g} nats, "
             f"the limit is {limit.regret:.3g}"
         )
-    if widths <= LOSSLESS:
-        if measured.max_abs_diff > limit.logits:
-            reasons.append(f"logits differ by up to {measured.max_abs_diff:.3g}, the limit is {limit.logits:.3g}")
+    if widths <= LOSSLESS and measured.max_abs_diff > limit.logits:
+        reasons.append(f"logits differ by up to {measured.max_abs_diff:.3g}, the limit is {limit.logits:.3g}")
     if widths <= LOSSLESS and limit.logits <= MAX_ABS_DIFF:
         if measured.top1_agreement < 1:
             reasons.append(f"only {measured.top1_agreement:.1%} of the first choices are the checkpoint's")
