@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test interop lint bench clean
 
 setup: .venv/installed
 
@@ -26,6 +26,16 @@ demo: setup
 test: setup
 	$(BIN)/pytest -m "$(PYTEST_MARKS)" $(PYTEST_ARGS)
 
+# Our ONNX folders in optimum, which pins an older transformers and so gets an environment of its own.
+interop: setup .venv-interop/installed
+	$(BIN)/python tests/interop/make_folders.py build/interop
+	.venv-interop/bin/python tests/interop/check_optimum.py build/interop
+
+.venv-interop/installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 # The three rooms are one package only once installed, so mypy gets a tree of links in the shape of the package.
 lint: setup
 	$(BIN)/ruff check .
@@ -38,4 +48,4 @@ bench: setup
 	for script in training_speed loss_memory data_speed kill_resume; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
-	rm -rf build .venv/installed .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build .venv/installed .venv-interop .pytest_cache .ruff_cache .mypy_cache
