@@ -30,8 +30,8 @@ OPTIONS = {
     "run": {"--fresh", "--json", "--help"},
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
     "export": {
-        "--to", "--quant", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--no-verify", "--threads",
-        "--json", "--help",
+        "--to", "--quant", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--calibrate", "--method",
+        "--no-verify", "--threads", "--json", "--help",
     },
     "verify": {"--against", "--max-kl", "--threads", "--json", "--help"},
     "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
