@@ -62,7 +62,7 @@ LAYOUTS: tuple[Row, ...] = (
     ),
     Row(target="hf", width="ternary", layout=BitNet()),
     Row(target="hf", width="nf4", layout=Nf4(), note="and its own 16 values"),
-    Row(target="hf", width="int8", layout=Int8(), note="if 127 times a scale is exact in float32"),
+    Row(target="hf", width="int8", layout=Int8(), note="if some float32 is 127 times the scale"),
 )
 """The one table of what is exact where. Blocks are the smallest that a layout takes; coarser scales fit them too."""
 

@@ -101,14 +101,14 @@ class Int8:
 
     @property
     def holds(self) -> Holds:
-        """What it holds exactly, if 127 times a scale, divided by 127 again, is the scale."""
+        """What it holds exactly, if some float32, divided by 127, is the scale; one that fp16 or bf16 holds always is."""
         return Holds(codes=(-128, 127), granularity="row", scale=np.float32)
 
     def holds_exactly(self, lattice: LatticeTensor) -> str | None:
         """None when `pack` loses nothing, else the reason in words."""
         reason = self.holds.why_not(lattice)
-        if reason is None and not np.array_equal(lattice.scales * np.float32(127) / np.float32(127), lattice.scales):
-            return "127 times a scale is not exact in float32"
+        if reason is None and not np.array_equal(_times_127(lattice.scales) / np.float32(127), lattice.scales):
+            return "no float32, divided by 127, is the scale"
         return reason
 
     def pack(self, lattice: LatticeTensor) -> tuple[np.ndarray, np.ndarray]:
@@ -120,13 +120,21 @@ class Int8:
         reason = self.holds_exactly(lattice)
         if reason is not None:
             raise ValueError(f"8-bit bitsandbytes cannot hold this lattice: {reason}")
-        scales = np.broadcast_to(lattice.scales[:, :1] * np.float32(127), (len(lattice.codes), 1))
+        scales = np.broadcast_to(_times_127(lattice.scales[:, :1]), (len(lattice.codes), 1))
         return lattice.codes.astype(np.int8), np.ascontiguousarray(scales[:, 0])
 
     def unpack(self, codes: np.ndarray, absmax: np.ndarray) -> LatticeTensor:
         """The inverse of `pack`, with one scale per row."""
         scales = (absmax.astype(np.float32) / np.float32(127)).reshape(-1, 1)
         return LatticeTensor(codes=codes, scales=scales, group=None, bits=8, levels="int8")
+
+
+def _times_127(scales: np.ndarray) -> np.ndarray:
+    """What, divided by 127 in float32, is the scale, where there is such a number: the product or a neighbour of it."""
+    product = scales * np.float32(127)
+    for other in (np.nextafter(product, np.float32(0)), np.nextafter(product, np.float32(np.inf))):
+        product = np.where(product / np.float32(127) == scales, product, other)
+    return product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
