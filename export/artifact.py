@@ -76,6 +76,8 @@ class Written:
     """The type of token embedding and head."""
     versions: dict[str, str]
     """The packages that wrote it."""
+    notes: list[str] = field(default_factory=list)
+    """What the runtime does otherwise than the checkpoint's own code, and no setting changes."""
 
 
 def digest(values: np.ndarray) -> str:

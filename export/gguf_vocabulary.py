@@ -61,6 +61,12 @@ PRE_TOKENIZERS: list[tuple[str, list[dict[str, Any]], bool]] = [
 ]
 """llama.cpp's name of a pre-tokenizer, its steps in tokenizer.json, and whether whole words skip the merges."""
 
+_CASED_NOTE = dict.fromkeys(
+    ("gpt-4o", "tekken"),
+    "llama.cpp's rule for this tokenizer knows no combining marks and only the capitals A to Z: Hindi, decomposed "
+    "accents or words with capitals inside may be split otherwise",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
@@ -147,7 +153,9 @@ def read_vocabulary(source: Source) -> Vocabulary:
     common["add_eos"] = tokens[eos] == added[1]
     if model.get("byte_fallback"):
         return _sentencepiece(source, model, types, common)
-    return Vocabulary(model="gpt2", types=types, pre=_pre_tokenizer(source, model), merges=_merges(model), **common)
+    pre = _pre_tokenizer(source, model)
+    merges = _merges(model)
+    return Vocabulary(model="gpt2", types=types, pre=pre, merges=merges, note=_CASED_NOTE.get(pre), **common)
 
 
 def _tokens(source: Source, model: dict[str, Any]) -> tuple[list[str], list[TokenType]]:

@@ -104,7 +104,8 @@ def write(source: Source, path: Path, *, quant: str, embedding_quant: str | None
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in settings.items():
         _add(writer, f"{family.arch}.{key}", value)
-    read_vocabulary(source).write(writer)
+    vocabulary = read_vocabulary(source)
+    vocabulary.write(writer)
     for name, values in constants.items():
         _announce(writer, name, (len(values),), "f32")
     for tensor in placed:
@@ -123,9 +124,8 @@ def write(source: Source, path: Path, *, quant: str, embedding_quant: str | None
         lattice=lattice,
         digests=digests,
         embedding_quant=embedding_quant or _embedding_width(quant),
-        versions={
-            name: version(name) for name in ("gguf", "llama-cpp-python") if name == "gguf" or _by_library(placed)
-        },
+        versions={name: version(name) for name in ("gguf", *(["llama-cpp-python"] if _by_library(placed) else []))},
+        notes=[] if vocabulary.note is None else [vocabulary.note],
     )
 
 

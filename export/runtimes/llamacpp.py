@@ -75,6 +75,7 @@ class LlamaCppSession(Session):
         self.context_length = min(trained, context_length or min(MAX_CONTEXT, _short_reach(file) or MAX_CONTEXT))
         self._open_context(threads or available_cores(), on_gpu=gpu_layers != 0)
         self._length = 0
+        self._space_in_front = bool(file.settings.get("tokenizer.ggml.add_space_prefix"))
         self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=_computes_in_float32(file))
         is_end = llama_cpp.llama_vocab_is_eog
         self.eos_ids = frozenset(token for token in range(self.vocab_size) if is_end(self._vocabulary, token))
@@ -195,13 +196,18 @@ class LlamaCppSession(Session):
     def detokenize(self, tokens: Sequence[int]) -> str:
         self._check_open()
         plain = [token for token in tokens if not llama_cpp.llama_vocab_is_control(self._vocabulary, token)]
-        array = (llama_cpp.llama_token * len(plain))(*plain)
-        room = 16 * len(plain) + 16
+        first = 1 if self._space_in_front else 0
+        pieces = [self._piece(token, first if index == 0 else 0) for index, token in enumerate(plain)]
+        return b"".join(pieces).decode(errors="replace")
+
+    def _piece(self, token: int, strip: int) -> bytes:
+        """The bytes of a token, less so many spaces in front. (llama_detokenize would tidy up spaces before signs.)"""
+        room = 64
         while True:
             text = ctypes.create_string_buffer(room)
-            size = llama_cpp.llama_detokenize(self._vocabulary, array, len(plain), text, room, False, False)
+            size = llama_cpp.llama_token_to_piece(self._vocabulary, token, text, room, strip, False)
             if size >= 0:
-                return text.raw[:size].decode(errors="replace")
+                return text.raw[:size]
             room = -size
 
     def close(self) -> None:
