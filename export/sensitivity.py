@@ -22,7 +22,7 @@ NARROW, WIDE = 4, 8
 MAX_LOGITS = 2**24
 """Logits in memory at most (64 MB each for the model and its candidate)."""
 
-PROBE_TOKENS = 4096
+PROBE_TOKENS = 2048
 """Tokens of calibration text on which a unit is judged, at most."""
 
 

@@ -215,14 +215,15 @@ def test_a_budget_is_spent_on_what_is_sensitive(stories, story_files):
     source = load_source(stories)
     calibration, held_out_text = story_files
     held_out = torch.from_numpy(read_text(source, [held_out_text], max_tokens=2048).sequences)
-    losses = []
-    for spare in (0, 30_000, 10**9):
-        found = calibrate(source, files=[calibration], method="search", spare_bytes=spare)
-        wide = [name for name, lattice in found.lattice.items() if lattice.levels == "int8"]
-        assert sum(found.lattice[name].codes.size / 2 for name in wide) <= spare
-        assert sorted(wide) == found.calibration["bits"].get("8", [])
-        losses.append(kl(source, {name: each.dequantize() for name, each in found.lattice.items()}, held_out))
-    assert len(wide) == len(found.lattice)
+    settings = {"files": [calibration], "method": "search"}
+    narrow, some, wide = (calibrate(source, **settings, **each) for each in NARROW_SOME_WIDE)
+    widened = [name for name, lattice in some.lattice.items() if lattice.levels == "int8"]
+    assert 15_000 < sum(some.lattice[name].codes.size / 2 for name in widened) <= 30_000
+    assert sorted(widened) == some.calibration["bits"]["8"]
+    losses = [
+        kl(source, {name: each.dequantize() for name, each in found.lattice.items()}, held_out)
+        for found in (narrow, some, wide)
+    ]
     assert losses[2] < 0.05 * losses[0] and losses[1] < 0.75 * losses[0]
 
 
