@@ -18,7 +18,7 @@ import numpy as np
 from edgewright.errors import GateFailed
 from edgewright.export.artifact import Fallback, digest
 from edgewright.export.lattice import LatticeTensor, ceil_div, grouped, round_int, round_q4_0
-from edgewright.export.layout import MatMulNBits
+from edgewright.export.layout_matmulnbits import MatMulNBits
 from edgewright.export.source import Source
 
 
@@ -91,6 +91,8 @@ class Packed:
     """uint8 `[rows, blocks, block * bits / 8]`."""
     scales: np.ndarray
     """float32 `[rows, blocks]`."""
+    zeros: np.ndarray | None
+    """Zero points, uint8 `[rows, ceil(blocks * bits / 8)]`; None for the operator's default, `2 ** (bits - 1)`."""
     layout: MatMulNBits
     columns: int
     lattices: tuple[LatticeTensor, ...]
@@ -200,15 +202,27 @@ def pack_at(parts: Sequence[Part], width: str, *, own_head: bool = False) -> tup
             return None, f"{part.name} is not {width}"
     columns = parts[0].weight.shape[1]
     reason = ""
-    for layout in _layouts(rule, columns):
+    for layout in _layouts(
+        rule, columns, zero_points=any(part.lattice and part.lattice.zeros is not None for part in parts)
+    ):
         lattices = tuple(part.lattice or _rounded(part.weight, layout) for part in parts)
         reason = next(filter(None, map(layout.holds_exactly, lattices)), "")
         if not reason:
-            codes, scales = zip(*map(layout.pack, lattices), strict=True)
-            joined = (np.concatenate(codes), np.concatenate(scales))
-            packed = Packed(codes=joined[0], scales=joined[1], layout=layout, columns=columns, lattices=lattices)
-            return packed, ""
+            return _joined(layout, lattices, columns), ""
     return None, reason
+
+
+def _joined(layout: MatMulNBits, lattices: tuple[LatticeTensor, ...], columns: int) -> Packed:
+    codes, scales = zip(*map(layout.pack, lattices), strict=True)
+    zeros = np.concatenate([layout.pack_zero_points(each) for each in lattices]) if layout.zero_points else None
+    return Packed(
+        codes=np.concatenate(codes),
+        scales=np.concatenate(scales),
+        zeros=zeros,
+        layout=layout,
+        columns=columns,
+        lattices=lattices,
+    )
 
 
 def half(values: np.ndarray, width: str) -> np.ndarray:
@@ -267,14 +281,19 @@ def _least_squares(weight: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarr
     return np.ascontiguousarray(codes.reshape(len(weight), -1)[:, : weight.shape[1]]), scales[..., 0]
 
 
-def _layouts(rule: Width, columns: int) -> Iterable[MatMulNBits]:
-    """The layouts of a width, the one first that stores a row in the fewest bytes; of equals, the largest block."""
+def _layouts(rule: Width, columns: int, *, zero_points: bool) -> Iterable[MatMulNBits]:
+    """The layouts of a width, the one first that stores a row in the fewest bytes; of equals, the largest block.
+
+    Those with zero points come last: what needs none is stored without.
+    """
 
     def row_bytes(block: int) -> float:
         return ceil_div(columns, block) * (block * rule.bits / 8 + 4)
 
-    for block in sorted(rule.blocks, key=lambda block: (row_bytes(block), -block)):
-        yield MatMulNBits(bits=rule.bits, block=block)
+    blocks = sorted(rule.blocks, key=lambda block: (row_bytes(block), -block))
+    for explicit in (False, True) if zero_points else (False,):
+        for block in blocks:
+            yield MatMulNBits(bits=rule.bits, block=block, zero_points=explicit)
 
 
 def broken_graph(name: str, found: str) -> GateFailed:

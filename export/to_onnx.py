@@ -109,10 +109,10 @@ class _Writing:
         if bias is None:
             bias, last = _bias_behind(node)
         layout = packed.layout
-        inputs = [node.inputs[0], self._codes(weight, packed), self._scales(weight, packed)]
+        inputs = [node.inputs[0], self._codes(weight, packed), *self._scaling(weight, packed)]
         new = ir.node(
             "MatMulNBits",
-            inputs if bias is None else [*inputs, None, None, bias],
+            inputs if bias is None else [*inputs, *[None] * (5 - len(inputs)), bias],
             {
                 "K": packed.columns,
                 "N": len(packed.codes),
@@ -137,7 +137,7 @@ class _Writing:
             self.aliases[str(table.name)] = name
         found = ir.node(
             "GatherBlockQuantized",
-            [table, node.inputs[1], self._scales(weight, packed)],
+            [table, node.inputs[1], *self._scaling(weight, packed)],
             {"bits": layout.bits, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1},
             domain=CONTRIB,
             name=f"{node.name}_Q{layout.bits}",
@@ -176,8 +176,10 @@ class _Writing:
     def _codes(self, weight: ir.Value, packed: Packed) -> ir.Value:
         return self._add(f"{weight.name}_Q{packed.layout.bits}", packed.codes)
 
-    def _scales(self, weight: ir.Value, packed: Packed) -> ir.Value:
-        return self._add(f"{weight.name}_scales", packed.scales)
+    def _scaling(self, weight: ir.Value, packed: Packed) -> list[ir.Value]:
+        """The scales, and the zero points where they are not the operator's own."""
+        scales = self._add(f"{weight.name}_scales", packed.scales)
+        return [scales] if packed.zeros is None else [scales, self._add(f"{weight.name}_zeros", packed.zeros)]
 
     def _add(self, name: str, value: np.ndarray) -> ir.Value:
         """An initializer; the same name twice is the same value."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from edgewright.errors import BadInput
 from edgewright.export import onnx_plain_reader, to_onnx
 from edgewright.export.artifact import Written, digest
+from edgewright.export.lattice import LatticeTensor
 from edgewright.export.onnx_graph import attributes
 from edgewright.export.onnx_reader import dequantize
 from edgewright.export.runtimes.onnx import OnnxSession
@@ -185,6 +187,44 @@ def test_zero_points_are_read(tmp_path: Path) -> None:
     zeros = np.array([0x51, 0xF0], np.uint8)
     expected = [[0, 1, 2, 3, 0, 2, 4, 6], [0, 0, 7.5, 7.5, -15, -14, -13, -12]]
     assert np.array_equal(dequantize(codes, scales, bits=4, columns=8, zeros=zeros), np.float32(expected))
+
+
+def test_a_lattice_with_zero_points_is_stored_exactly_and_computed_with(
+    folder: Callable[..., Folder], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = load_source(tiny_model("opt"))
+    names = [name for name in source.linears if name != source.head]
+    lattice = {name: _with_zero_points(source.matrix(name)) for name in [*names, source.embedding]}
+    source = dataclasses.replace(source, lattice=lattice, restored=frozenset(lattice))
+    rows = {}
+    for quant in ("fp32", "int4"):
+        written = to_onnx.write(source, tmp_path / quant, quant=quant, embedding_quant=quant)
+        assert set(written.lattice.values()) == {"exact"} and not written.fallbacks
+        for name, value in onnx_plain_reader.read_weights(tmp_path / quant, source):
+            assert name not in lattice or np.array_equal(value, lattice[name].dequantize()), name
+        with OnnxSession(tmp_path / quant, threads=1) as session:
+            found = session.append([5, 9, 100, 7, 33], "all")
+            assert found is not None
+            rows[quant] = found
+    assert np.abs(rows["int4"] - rows["fp32"]).max() < 0.05 * rows["fp32"].std()
+
+
+def _with_zero_points(weight: np.ndarray) -> LatticeTensor:
+    """4 bits per group of 32, from the least value to the largest."""
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, -1, 32)
+    low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
+    scales = (high - low) / 15
+    zeros = np.clip(np.rint(-low / scales), 0, 15)
+    codes = np.clip(np.rint(groups / scales) + zeros, 0, 15) - zeros
+    return LatticeTensor(
+        codes=codes.reshape(rows, columns).astype(np.int8),
+        scales=scales[..., 0].astype(np.float32),
+        group=32,
+        bits=4,
+        levels="uint4",
+        zeros=zeros[..., 0].astype(np.int16),
+    )
 
 
 def test_a_graph_that_the_runtime_cannot_open_is_refused(ternary: Folder, tmp_path: Path) -> None:
