@@ -216,7 +216,9 @@ def test_a_budget_is_spent_on_what_is_sensitive(stories, story_files):
     calibration, held_out_text = story_files
     held_out = torch.from_numpy(read_text(source, [held_out_text], max_tokens=2048).sequences)
     settings = {"files": [calibration], "method": "search"}
-    narrow, some, wide = (calibrate(source, **settings, **each) for each in NARROW_SOME_WIDE)
+    narrow = calibrate(source, **settings)
+    some = calibrate(source, **settings, spare_bytes=30_000)
+    wide = calibrate(source, **settings, bits=8, embedding_bits=8)
     widened = [name for name, lattice in some.lattice.items() if lattice.levels == "int8"]
     assert 15_000 < sum(some.lattice[name].codes.size / 2 for name in widened) <= 30_000
     assert sorted(widened) == some.calibration["bits"]["8"]

@@ -110,6 +110,7 @@ def test_no_sweep_raises_the_cost_of_any_row():
         before = costs()
     assert before.sum() < 0.97 * costs_of_feedback(weight, problem)
     assert np.array_equal(scales, rounded_to_half(scales))
+    assert np.mean(scales != problem.feedback(weight, (1.0,))[1]) > 0.3, "scales are fitted again as well"
 
 
 def costs_of_feedback(weight: np.ndarray, problem: _Problem) -> float:

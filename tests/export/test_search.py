@@ -28,9 +28,8 @@ def test_it_loses_less_than_the_plain_rule(shape, bits):
     padded = np.pad(weight, ((0, 0), (0, -shape[1] % 32)))
     plain = loss(padded, PLAIN[bits](padded))
     assert loss(weight, search(weight, bits=bits)) < plain * (0.95 if bits == 4 else 1.0)
-    assert loss(weight, search(weight, importance, bits=bits), importance) <= loss(
-        weight, search(weight, bits=bits), importance
-    )
+    weighted = loss(weight, search(weight, importance, bits=bits), importance)
+    assert weighted < (1.0 if bits == 4 else 1.0001) * loss(weight, search(weight, bits=bits), importance)
 
 
 def test_it_is_near_the_best_of_all_scales():
