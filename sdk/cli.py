@@ -292,7 +292,9 @@ def export(
 def verify(
     artifact: Annotated[Path, typer.Argument(help="Exported file or folder.")],
     against: Annotated[Path, typer.Option(help="The model directory that it was made from.")],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILES]...", help="Further files for --data.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit in nats per token; the width's own by default.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Text files or patterns. By default built-in texts.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -303,8 +305,11 @@ def verify(
     from edgewright.errors import GateFailed
     from edgewright.export.parity import verify
 
+    if more and not data:
+        raise typer.BadParameter("text files come after --data")
+    files = [*(data or []), *(more or [])]
     with _quiet_stdout():
-        result = verify(artifact, against=against, max_kl=max_kl, threads=threads)
+        result = verify(artifact, against=against, max_kl=max_kl, threads=threads, data=files or None)
     _show("verify", result, as_json)
     if result.gate == "failed":
         raise typer.Exit(GateFailed.exit_code)

@@ -63,6 +63,12 @@ class ArtifactResult(Part):
     kl_ci: HalfWidth = None
     kl_limit: Number = None
     """What the gate allows."""
+    kl_weights: Number = None
+    """Of the KL what the width costs, computed in float32."""
+    kl_runtime: Number = None
+    """What the runtime adds to that."""
+    perplexity_ratio: Number = None
+    """On the gate's real text, over the checkpoint's."""
     max_abs_diff: Number = None
     top1_agreement: Number = None
     """Share of positions, 0 to 1."""

@@ -29,7 +29,9 @@ COLUMNS = {
 
 GATE_COLUMNS = {
     "max |difference|": "Largest difference between any logit of the file and of its checkpoint.",
-    "KL": "Mean Kullback-Leibler divergence from the checkpoint's predictions, nats per token.",
+    "KL": "Mean Kullback-Leibler divergence from the checkpoint's predictions, nats per token. Below: what the rounded "
+    "weights cost of it, computed in float32, and what the runtime's own rounding adds to them.",
+    "perplexity": "The file's perplexity over its checkpoint's, on the gate's texts: prose, code, many languages.",
     "same top token": "Share of positions at which both find the same token most likely.",
     "greedy text": "Whether both write the same tokens when each always takes the most likely one.",
     "weights": "Whether the weights read back from the file are, bit for bit, those it is meant to hold: for a model "
@@ -76,6 +78,8 @@ class Row:
     memory: str
     gate: str | None
     kl_limit: str
+    kl_parts: str
+    perplexity: str
     max_difference: str
     top1: str
     greedy: str
@@ -203,6 +207,8 @@ def rows(run: RunRecord) -> list[Row]:
             memory=say.size(each.peak_memory),
             gate=each.gate,
             kl_limit="" if each.kl_limit is None else f"allowed {say.small(each.kl_limit)}",
+            kl_parts=_kl_parts(each),
+            perplexity=say.MISSING if each.perplexity_ratio is None else f"{each.perplexity_ratio:.4f}×",
             max_difference=say.small(each.max_abs_diff),
             top1=say.share(each.top1_agreement),
             greedy=_verdict(each.greedy_identity, "identical", "differs"),
@@ -217,6 +223,13 @@ def rows(run: RunRecord) -> list[Row]:
 def _detail(artifact: ArtifactResult) -> str:
     parts = [RUNTIME_NAMES.get(artifact.to, artifact.to), artifact.quant, artifact.model and f"from {artifact.model}"]
     return " · ".join(part for part in parts if part)
+
+
+def _kl_parts(artifact: ArtifactResult) -> str:
+    """Apart what the width costs and what the runtime adds; empty where that was not measured."""
+    if artifact.kl_weights is None or artifact.kl_runtime is None:
+        return ""
+    return f"weights {say.small(artifact.kl_weights)}, runtime {say.small(artifact.kl_runtime)}"
 
 
 def _against(artifact: ArtifactResult, checkpoint: CheckpointResult | None) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import gguf
 import numpy as np
@@ -132,6 +133,36 @@ def _packed(arrays: dict[str, np.ndarray], name: str) -> Stored:
 
 
 @contextmanager
+def opened_openvino(path: Path) -> Iterator[Open]:
+    """The graph is XML; a constant in it says where its bytes lie."""
+    net = ElementTree.parse(path / "openvino_model.xml").getroot()
+    layers = {layer.get("id"): layer for layer in net.iter("layer")}
+    ids = {layer.get("name"): number for number, layer in layers.items()}
+    inputs: dict[Any, list[Any]] = {}
+    for edge in net.iter("edge"):
+        inputs.setdefault(edge.get("to-layer"), []).append(edge.get("from-layer"))
+    types = {"i8": np.int8, "f16": np.float16, "f32": np.float32}
+
+    def constants(number: Any) -> Iterator[np.ndarray]:
+        """What a layer is computed from."""
+        data = layers[number].find("data")
+        if layers[number].get("type") == "Const" and data is not None and data.get("element_type") in types:
+            dtype, shape = (
+                types[str(data.get("element_type"))],
+                [int(size) for size in str(data.get("shape")).split(",")],
+            )
+            yield np.memmap(path / "openvino_model.bin", dtype, "r+", int(str(data.get("offset"))), tuple(shape))
+        for other in inputs.get(number, []):
+            yield from constants(other)
+
+    def stored(name: str) -> Stored:
+        arrays = sorted(constants(ids[name]), key=lambda array: -array.size)[:2]
+        return Stored(arrays, arrays[-1])
+
+    yield stored
+
+
+@contextmanager
 def opened_hf(path: Path) -> Iterator[Open]:
     from safetensors.numpy import load_file, save_file
 
@@ -144,6 +175,7 @@ OPENED: dict[str, Callable[[Path], Any]] = {
     "gguf": opened_gguf,
     "onnx": opened_onnx,
     "genai": opened_onnx,
+    "openvino": opened_openvino,
     "hf": opened_hf,
 }
 

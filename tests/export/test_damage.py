@@ -13,7 +13,7 @@ import pytest
 from damage import IMMATERIAL, OPENED, QUANT, WEIGHTS, damaged, shift_vocabulary, truncate
 
 import edgewright
-from edgewright.errors import EdgewrightError
+from edgewright.errors import BadInput, EdgewrightError
 from edgewright.export.artifact import Written
 from edgewright.export.identity import differences
 from edgewright.export.parity import Parity, judge, reference_of
@@ -94,10 +94,14 @@ def test_without_a_manifest_a_wrong_weight_is_still_found(exported, kind, tmp_pa
 
 
 def test_a_wrong_vocabulary_is_refused(exported, tmp_path):
-    """No weight is wrong; only the tokenizer that the runtime has."""
+    """No weight is wrong; only the tokenizer that the runtime has. Some runtimes notice before the gate asks."""
     path = _copy(exported.path, tmp_path)
     shift_vocabulary(path)
-    parity = exported.judged(path)
+    try:
+        parity = exported.judged(path)
+    except BadInput as error:
+        assert "splits text otherwise" in str(error)
+        return
     assert (parity.gate, parity.lattice_identity, parity.tokenizer_identity) == ("failed", True, False)
     assert "splits text into other tokens" in parity.reasons[0]
 

@@ -94,6 +94,7 @@ def artifact(*row: Any) -> dict[str, Any]:
     return {
         "name": name, "path": file, "model": model, "to": to, "quant": quant, "bytes": size, "bits_per_byte": bpb,
         "bits_per_byte_ci": [bpb - 0.0104, bpb + 0.0104], "kl": kl, "max_abs_diff": diff, "top1_agreement": top1,
+        "kl_weights": kl / 4, "kl_runtime": kl / 2, "perplexity_ratio": 1 + kl,
         "greedy_identity": greedy, "lattice_identity": True, "ttft_ms": ttft, "prompt_tokens_per_s": prompt,
         "prompt_tokens_per_s_sd": 40.0, "tokens_per_s": rate, "tokens_per_s_sd": sd, "peak_memory": memory * 1_000_000,
         "gate": "passed",

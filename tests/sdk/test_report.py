@@ -93,7 +93,16 @@ def test_what_was_not_measured_is_null_and_a_dash(run_dir: Path) -> None:
     (artifact,) = report(run_dir).to_json()["artifacts"]  # type: ignore[misc]
     assert artifact["kl"] is None and artifact["tokens_per_s"] is None and artifact["gate"] is None
     (row,) = view.rows(read_run(run_dir))
-    assert {row.size, row.kl, row.speed, row.memory, row.bits_per_byte} == {say.MISSING}
+    assert {row.size, row.kl, row.speed, row.memory, row.bits_per_byte, row.perplexity} == {say.MISSING}
+    assert row.kl_parts == ""
+
+
+def test_the_gate_table_tells_the_width_from_the_runtime(run_dir: Path) -> None:
+    first, *_ = read_run(run_dir).results.artifacts
+    assert first.kl is not None
+    page = Page(report(run_dir).path.read_text(encoding="utf-8"))
+    assert f"weights {say.small(first.kl / 4)}, runtime {say.small(first.kl / 2)}" in page.text
+    assert f"{1 + first.kl:.4f}×" in page.text
 
 
 def test_the_page_is_whole_and_loads_nothing(run_dir: Path) -> None:
