@@ -21,6 +21,7 @@ from edgewright.export.artifact import Written, sync
 from edgewright.export.decoder_graph import build
 from edgewright.export.guard import read_json
 from edgewright.export.onnx_files import save_graph
+from edgewright.export.onnx_fusions import CONTRIB, fuse, replace, unflatten
 from edgewright.export.onnx_packing import HALF, Packed, Packer, half
 from edgewright.export.source import Source, special_ids
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 QUANTS = ("fp32", "fp16", "bf16", "int8", "int4", "ternary")
 """The widths of linear weights, and of token embedding and output head."""
-
-CONTRIB = "com.microsoft"
 
 
 def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
@@ -73,15 +72,12 @@ class _Writing:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
-        from onnx_ir.passes.common import RemoveUnusedNodesPass
-
         graph = self.model.graph
+        unflatten(self.model)
         for weight in [value for value in graph.initializers.values() if value.name in self.source.files]:
             if len(weight.shape or ()) == 2:
                 self._lay_out(weight)
-        _share_heads(self.model)
-        self.model.opset_imports[CONTRIB] = 1
-        RemoveUnusedNodesPass()(self.model)
+        fuse(self.model)
 
     def _lay_out(self, weight: ir.Value) -> None:
         """Store one matrix, and make its readers read it so."""
@@ -123,7 +119,7 @@ class _Writing:
             domain=CONTRIB,
             name=f"{node.name}_Q{layout.bits}",
         )
-        _replace(last, [new])
+        replace(last, [new])
 
     def _look_up(self, node: ir.Node, weight: ir.Value, packed: Packed) -> None:
         """Put a `GatherBlockQuantized` in the place of a `Gather`. A tied head reads the same bytes of the file."""
@@ -147,7 +143,7 @@ class _Writing:
             ends = [("start", 0), ("end", packed.columns), ("axis", -1)]
             bounds = [self._add(f"embedding_{word}", np.array([at], np.int64)) for word, at in ends]
             new.append(ir.node("Slice", [found.outputs[0], *bounds], name=f"{node.name}_slice"))
-        _replace(node, new)
+        replace(node, new)
 
     def _halve(self, weight: ir.Value, width: str, readers: list[ir.Node]) -> None:
         """Store the weight in half precision. What is looked up is widened after that, what is multiplied before."""
@@ -168,7 +164,7 @@ class _Writing:
             if node.op_type == "Gather":
                 looked_up = ir.node("Gather", list(node.inputs), dict(node.attributes), name=node.name)
                 cast.replace_input_with(0, looked_up.outputs[0])
-                _replace(node, [looked_up, cast])
+                replace(node, [looked_up, cast])
             else:
                 self.model.graph.insert_before(node, cast)
                 node.replace_input_with(list(node.inputs).index(weight), cast.outputs[0])
@@ -216,40 +212,6 @@ def _bias_behind(node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
         if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
             return other, add
     return None, node
-
-
-def _replace(node: ir.Node, new: list[ir.Node]) -> None:
-    """Put nodes in the place of one; the last one gives what it gave. The graph then drops what nobody reads."""
-    from onnx_ir.convenience import replace_nodes_and_values
-
-    assert node.graph is not None
-    old, result = node.outputs[0], new[-1].outputs[0]
-    result.shape, result.type = old.shape, old.type
-    replace_nodes_and_values(node.graph, node, [node], new, [old], [result])
-
-
-def _share_heads(model: ir.Model) -> None:
-    """Let `Attention` share keys and values between groups of query heads itself.
-
-    transformers repeats them, which copies the whole cache for every token; the operator needs no copy.
-    """
-    for node in model.graph:
-        if node.op_type != "Attention":
-            continue
-        shared = [_before_repetition(node.inputs[index]) for index in (1, 2)]
-        if all(value is not None for value in shared):
-            for index, value in enumerate(shared, start=1):
-                node.replace_input_with(index, value)
-
-
-def _before_repetition(value: ir.Value | None) -> ir.Value | None:
-    """What `Unsqueeze`, `Expand` and `Reshape` made more heads of; None where they did not."""
-    for kind in ("Reshape", "Expand", "Unsqueeze"):
-        node = None if value is None else value.producer()
-        if node is None or node.op_type != kind:
-            return None
-        value = node.inputs[0]
-    return value
 
 
 # ---------------------------------------------------------------- what lies beside the graph

@@ -157,6 +157,38 @@ def test_keys_and_values_are_not_repeated_for_the_groups(half: Folder) -> None:
         assert node.input[1].startswith("present.") or makers[node.input[1]].op_type == "Concat"
 
 
+def test_norms_take_the_residual_sum_along(half: Folder, gpt2: Folder) -> None:
+    layers = half.source.config["num_hidden_layers"]
+    assert len(half.nodes("SkipSimplifiedLayerNormalization")) == 2 * layers  # all but the first
+    layers = gpt2.source.config["num_hidden_layers"]
+    assert len(gpt2.nodes("SkipLayerNormalization")) == 2 * layers + 1  # the first takes the positions along
+    kinds = _profile(half.path) | _profile(gpt2.path)
+    assert {"SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "Attention", "MatMulNBits"} <= kinds
+
+
+def _profile(path: Path) -> set[str]:
+    """The operators that the runtime really runs for one token with a cache, after its own optimizations."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(path.parent / "profile")
+    session = onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    feeds: dict[str, np.ndarray] = {
+        value.name: np.zeros((1, value.shape[1], 4, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_")
+    }
+    feeds |= {
+        "input_ids": np.array([[7]]),
+        "position_ids": np.array([[4]]),
+        "attention_mask": np.ones((1, 5), np.int64),
+    }
+    session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return {event["args"]["op_name"] for event in events if event["name"].endswith("_kernel_time")}
+
+
 def test_settings_are_those_that_transformers_4_reads(half: Folder) -> None:
     config = json.loads((half.path / "config.json").read_text())
     assert config["rope_theta"] == half.source.config["rope_parameters"]["rope_theta"]
