@@ -47,10 +47,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         GateFailed: EW-521, a weight of the checkpoint has no place in the graph.
     """
     packer = Packer(source=source, quant=quant, embedding_quant=embedding_quant)
-    writing = _Writing(model=build(source), source=source, packer=packer)
-    writing.run()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_graph(writing.model, directory, aliases=writing.aliases)
+    write_graph(source, directory, packer)
     _write_settings(source, directory)
     sync(directory)
     return Written(
@@ -60,6 +57,14 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         embedding_quant=packer.embedding_width,
         versions={name: version(name) for name in ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")},
     )
+
+
+def write_graph(source: Source, directory: Path, packer: Packer) -> None:
+    """Write model.onnx and model.onnx.data alone, with the weights as `packer` lays them out. Errors as `write`."""
+    writing = _Writing(model=build(source), source=source, packer=packer)
+    writing.run()
+    directory.mkdir(parents=True, exist_ok=True)
+    save_graph(writing.model, directory, aliases=writing.aliases)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -223,6 +228,11 @@ def _write_settings(source: Source, directory: Path) -> None:
     _write_json(directory / "config.json", _for_older_readers(config))
     kept = source.directory / "generation_config.json"
     _write_json(directory / "generation_config.json", read_json(kept) if kept.is_file() else _generation(source))
+    write_tokenizer(source, directory)
+
+
+def write_tokenizer(source: Source, directory: Path) -> None:
+    """The tokenizer as transformers 4 and 5 and other readers take it, without the traces of this machine."""
     source.write_tokenizer(directory)
     settings = dict(source.tokenizer_config)
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # a name that transformers 4 does not know
