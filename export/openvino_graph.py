@@ -6,7 +6,7 @@ pattern that the CPU plugin keeps compressed and multiplies from codes. The last
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -54,27 +54,43 @@ def dense(values: np.ndarray, name: str) -> Any:
 # ---------------------------------------------------------------- weights in the traced graph
 
 
-def constants(model: Any) -> dict[str, Any]:
-    """The constants of a model by name: a weight's is the checkpoint's."""
-    return {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+def release(model: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Make inputs of the constants with these names, so that no transformation can look at them; those found."""
+    ops = load().opset13
+    wanted, found = set(names), {}
+    for node in model.get_ops():
+        name = node.get_friendly_name()
+        if name in wanted and node.get_type_name() == "Constant":
+            found[name] = ops.parameter(node.get_output_shape(0), np.float32, name=name)
+            node.output(0).replace(found[name].output(0))
+    model.add_parameters(list(found.values()))
+    return found
 
 
-def readers(constant: Any) -> Iterator[tuple[str, Any, int]]:
-    """Who reads a weight: `(how, node, input)`, past a transposition and past conversions.
+def simplify(model: Any) -> None:
+    """Bring the graph into the form that OpenVINO's own converter gives it.
+
+    The pipeline's paged attention, and with it its drafts, knows no other form.
+    """
+    load("openvino._offline_transformations").apply_moc_transformations(model, False)
+
+
+def readers(weight: Any) -> Iterator[tuple[str, Any]]:
+    """Who reads a weight: `(how, node)`, past a transposition.
 
     `how`: "table" for the rows of a lookup, "linear" for the `[out, in]` or `[in, out]` of a product, "other".
     """
-    for place in constant.output(0).get_target_inputs():
+    for place in weight.output(0).get_target_inputs():
         node, index = place.get_node(), place.get_index()
         kind = node.get_type_name()
         if kind == "Gather" and index == 0:
-            yield "table", node, index
+            yield "table", node
         elif kind == "MatMul" and index == 1:
-            yield "linear", node, index
+            yield "linear", node
         elif kind == "Transpose" and index == 0:
             yield from readers(node)
         else:
-            yield "other", node, index
+            yield "other", node
 
 
 def set_table(gather: Any, weight: Any) -> None:

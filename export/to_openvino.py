@@ -131,22 +131,28 @@ class _Packing:
     embedding_width: str = "fp32"
 
     def run(self, model: Any) -> None:
-        """Replace every matrix of the checkpoint in the traced graph."""
-        constants = openvino_graph.constants(model)
-        matrices = [name for name in self.source.names if len(self.source.shape(name)) == 2]
-        missing = sorted({*matrices, *self.source.lattice} - constants.keys())
+        """Put every tensor of the checkpoint into the traced graph as it is to be stored."""
+        released = openvino_graph.release(model, self.source.names)
+        missing = sorted({*self.source.names, *self.source.lattice} - released.keys())
         if missing:
             raise _broken_graph(missing[0], "no such weight")
-        for name in matrices:
-            self._replace(name, list(openvino_graph.readers(constants[name])))
+        if not _has_windows(self.source.config):
+            openvino_graph.simplify(model)
+        for name, weight in released.items():
+            if len(self.source.shape(name)) == 2:
+                self._replace(name, list(openvino_graph.readers(weight)))
+            else:
+                vector = openvino_graph.dense(self.source.tensor(name), name)
+                weight.output(0).replace(vector.output(0))
+            model.remove_parameter(weight)
         model.validate_nodes_and_infer_types()
 
-    def _replace(self, name: str, readers: list[tuple[str, Any, int]]) -> None:
-        uses = {use for use, _, _ in readers}
+    def _replace(self, name: str, readers: list[tuple[str, Any]]) -> None:
+        uses = {use for use, _ in readers}
         if not uses or "other" in uses:
             raise _broken_graph(name, "a use that is neither a product nor a lookup")
         weight = self._stored(name, self._asked(name, table="table" in uses))
-        for use, node, _ in readers:
+        for use, node in readers:
             if use == "table":
                 openvino_graph.set_table(node, weight)
             else:
@@ -258,6 +264,12 @@ def _broken_graph(name: str, found: str) -> GateFailed:
 
 
 # ---------------------------------------------------------------- the folder
+
+
+def _has_windows(config: dict[str, Any]) -> bool:
+    """Whether layers see only the last tokens: the pipeline's paged attention does not see that in the mask, and gives
+    them all. A graph that is not simplified is none that it knows, and runs as it is."""
+    return bool(config.get("sliding_window")) and config.get("use_sliding_window") is not False
 
 
 def _read(ov: Any, path: Path, source: Source) -> Any:

