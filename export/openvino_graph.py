@@ -135,7 +135,7 @@ def make_stateful(model: Any) -> None:
     model.validate_nodes_and_infer_types()
     load("openvino._offline_transformations").apply_make_stateful_transformation(model, pairs)
     batch = ops.gather(
-        ops.shape_of(parameters["input_ids"], "i64"), ops.constant(np.int64([0])), ops.constant(np.int64(0))
+        ops.shape_of(parameters["input_ids"], "i64"), ops.constant(np.array([0], np.int64)), ops.constant(np.int64(0))
     )
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":

@@ -237,15 +237,25 @@ def test_integer_lattices_are_exact_and_computed_as_such(
         assert TOLERANCE < difference < 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("group", "columns"), [(48, 256), (8, 512)])
-def test_groups_that_the_plugin_computes_wrongly_are_not_used(group: int, columns: int, ternary: Source) -> None:
+@pytest.mark.parametrize(
+    ("group", "columns", "blocks"),
+    [
+        (48, 192, {"ternary": 16, "int4": 16, "int8": 16}),
+        (96, 192, {"ternary": 32, "int4": 32, "int8": 32}),
+        (8, 512, {}),
+        (None, 52, {"ternary": None, "int4": None, "int8": None}),
+        (None, 50, {"int4": None, "int8": None}),
+    ],
+)
+def test_layouts_that_the_plugin_computes_wrongly_are_not_used(
+    group: int | None, columns: int, blocks: dict[str, int | None]
+) -> None:
+    """Groups that are no powers of two, and rows of 2 bits that are no multiple of four."""
     lattice = random_lattice((4, columns), "ternary", group)
     for width in to_openvino.ELEMENTS:
         layout, reason = to_openvino._layout(lattice, width)
-        if group == 48:
-            assert layout is not None and layout.group == 16 and not reason
-        else:
-            assert layout is None and reason
+        assert (layout is not None) == (width in blocks) == (not reason)
+        assert layout is None or layout.group == blocks[width]
 
 
 def test_a_lattice_that_no_layout_holds_is_stored_wider(ternary: Source, write_folder: Write, tmp_path: Path) -> None:
