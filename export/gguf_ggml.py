@@ -19,6 +19,8 @@ LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 """What the library is called on each system."""
 
 _DEQUANTIZERS = {
+    "q8_0": "dequantize_row_q8_0",
+    "q4_0": "dequantize_row_q4_0",
     "q4_1": "dequantize_row_q4_1",
     "q5_0": "dequantize_row_q5_0",
     "q2_k": "dequantize_row_q2_K",
@@ -30,12 +32,22 @@ _DEQUANTIZERS = {
 }
 
 
+def is_installed() -> bool:
+    """Whether the library is there."""
+    return _path() is not None
+
+
+def makes(width: str) -> bool:
+    """Whether the library makes blocks of this type from plain weights (ternary ones it would make by another rule)."""
+    return width in _DEQUANTIZERS
+
+
 def quantize(values: np.ndarray, width: str, importance: np.ndarray | None = None) -> np.ndarray:
     """Quantize a matrix as llama.cpp does.
 
     Args:
         values: float32 `[rows, columns]`, columns a multiple of the type's block.
-        width: one of `gguf_widths.SEARCHED`, `q4_1` or `q5_0`.
+        width: one that `makes` names.
         importance: mean square of each column's input, float32 `[columns]`; None weighs by the weights themselves.
 
     Returns:
@@ -73,7 +85,11 @@ def dequantize(blocks: np.ndarray, width: str, columns: int) -> np.ndarray:
     function.restype = None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     values = np.empty((len(blocks), columns), np.float32)
-    function(blocks.ctypes.data, values.ctypes.data, values.size)
+
+    def work(part: slice) -> None:
+        function(blocks[part].ctypes.data, values[part].ctypes.data, values[part].size)
+
+    _in_parts(work, len(blocks))
     return values
 
 
@@ -85,21 +101,25 @@ def _in_parts(work: Callable[[slice], None], rows: int) -> None:
         list(pool.map(work, (slice(start, start + size) for start in range(0, rows, size))))
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    """Loaded once; another thread may call it while Python goes on."""
+def _path() -> Path | None:
     package = importlib.util.find_spec("llama_cpp")
     folders = [Path(folder) / "lib" for folder in package.submodule_search_locations or []] if package else []
-    paths = [folder / name for folder in folders for name in LIBRARIES if (folder / name).exists()]
-    if not paths:
+    return next((folder / name for folder in folders for name in LIBRARIES if (folder / name).exists()), None)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """Loaded once; Python's other threads go on while it works."""
+    path = _path()
+    if path is None:
         raise BadInput(
             "EW-603",
-            "K-quants are made by ggml, and its library is not installed",
+            "blocks of this type are made by ggml, and its library is not installed",
             expected=f"one of {', '.join(LIBRARIES)} in the package llama_cpp",
-            found="no such package" if package is None else "a package without it",
+            found="no such package, or a package without it",
             fix="pip install 'edgewright[llamacpp]'",
         )
-    library = ctypes.CDLL(str(paths[0]))
+    library = ctypes.CDLL(str(path))
     number, pointer = ctypes.c_int64, ctypes.c_void_p
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t

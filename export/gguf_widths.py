@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgewright.export.lattice import LatticeTensor
 from edgewright.export.layout_ggml import FORMATS, Q4_1, BlockFormat, OffsetFormat
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +178,19 @@ def _why_not(width: str, columns: int, lattice: LatticeTensor | None) -> str | N
 
 def in_half(values: np.ndarray, width: str) -> np.ndarray:
     """float32 values rounded to `f16` or `bf16` (to nearest, ties to even); infinite where they are too large."""
-    if width == "f16":
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16).astype(np.float32)
-    return (bf16_bits(values).astype(np.uint32) << 16).view(np.float32)
+    return _as(values, width).float().numpy()
 
 
-def bf16_bits(values: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 values, rounded to nearest, ties to even: uint16 of the same shape."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def half_bits(values: np.ndarray, width: str) -> np.ndarray:
+    """The same as a file stores it: uint8 `[rows, 2 * columns]`."""
+    import torch
+
+    return _as(values, width).view(torch.uint8).numpy()
+
+
+def _as(values: np.ndarray, width: str) -> torch.Tensor:
+    """Through torch, which does in vectors what numpy does one by one."""
+    import torch
+
+    kind = {"f16": torch.float16, "bf16": torch.bfloat16}[width]
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(kind)

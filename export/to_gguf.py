@@ -36,7 +36,7 @@ from edgewright.export.gguf_widths import (
     BLOCKS,
     SEARCHED,
     WIDTHS,
-    bf16_bits,
+    half_bits,
     in_half,
     mix_of,
     type_in,
@@ -52,7 +52,7 @@ ROUND: dict[str, Callable[[np.ndarray], LatticeTensor]] = {
     "tq1_0": round_ternary,
     "tq2_0": round_ternary,
 }
-"""How a weight that has no lattice gets one; in the other types ggml's library makes the blocks."""
+"""How a weight gets a lattice that has none; see `_ours`."""
 
 _NAMES_WITH_MEANING = re.compile(r"phi-?3|modern-bert", re.IGNORECASE)
 """In a model's name these make llama.cpp look for tokens that the vocabulary need not have; such a name is left out."""
@@ -136,11 +136,15 @@ def _write_tensors(
     lattice, digests = {}, {}
     for name, group in groupby(placed, key=lambda tensor: tensor.source):
         weight = _Weight.read(source, name)
-        expected = np.empty(weight.shape, np.float32)
+        expected = np.empty((0, 0), np.float32)
         for tensor in group:
             data, values = _lay_out(source, weight.part(tensor.rows), tensor)
             writer.write_tensor_data(data)
-            expected[slice(None) if tensor.rows is None else tensor.rows] = values
+            if tensor.rows is None:
+                expected = values
+                continue
+            expected = np.empty(weight.shape, np.float32) if expected.shape != weight.shape else expected
+            expected[tensor.rows] = values
         digests[name] = digest(expected)
         if name in source.lattice:
             lattice[name] = _kept(expected, source.lattice[name], tensor.width)
@@ -308,20 +312,24 @@ def _lay_out(source: Source, weight: _Weight, tensor: Placed) -> tuple[np.ndarra
 
 
 def _packed(source: Source, weight: _Weight, width: str) -> tuple[np.ndarray, np.ndarray]:
-    if width in BLOCKS and (weight.lattice is not None or width in ROUND):
+    if width in BLOCKS and (weight.lattice is not None or _ours(width)):
         lattice = _stored_lattice(source, weight, width)
         return BLOCKS[width].pack(lattice), lattice.dequantize()
     values = weight.as_float(width)
-    if width in SEARCHED or width in BLOCKS:
-        blocks = gguf_ggml.quantize(values, width, source.importance.get(weight.name))
+    if gguf_ggml.makes(width):
+        blocks = gguf_ggml.quantize(values, width, source.importance.get(weight.name) if width in SEARCHED else None)
         return blocks, gguf_ggml.dequantize(blocks, width, values.shape[1])
     if width == "f32":
         return np.ascontiguousarray(values), values
-    rounded = in_half(values, width)
-    if width == "bf16":
-        return bf16_bits(rounded).view(np.uint8), rounded
-    with np.errstate(over="ignore"):
-        return rounded.astype(np.float16), rounded
+    return half_bits(values, width), in_half(values, width)
+
+
+def _ours(width: str) -> bool:
+    """Whether blocks of plain weights are made here: ternary ones always, plain integers where ggml is not installed.
+
+    Both follow ggml's rule bit for bit; its library is faster.
+    """
+    return width in ROUND and not (gguf_ggml.makes(width) and gguf_ggml.is_installed())
 
 
 def _stored_lattice(source: Source, weight: _Weight, width: str) -> LatticeTensor:
