@@ -22,6 +22,7 @@ from edgewright.export.guard_gguf import check_gguf
 from edgewright.export.guard_onnx import check_onnx
 from edgewright.export.guard_openvino import check_openvino_folder
 from edgewright.export.guard_safetensors import Span, check_safetensors
+from edgewright.export.guard_values import BUDGET
 
 __all__ = [
     "MAX_CONFIG_BYTES",
@@ -104,7 +105,8 @@ def _check_weights(directory: Path, found: list[Path]) -> None:
             raise _bad_index(index, "every shard in this folder", f"no word of {', '.join(stray[:3])}")
     elif not any(path.name not in SIDECARS for path in found):
         _require(directory, "model.safetensors", "the weights of the model")
-    _check_shards(index, shards, {path.name: check_safetensors(path) for path in found})
+    budget = BUDGET // max(len(found), 1)  # of the whole directory, however many shards it has
+    _check_shards(index, shards, {path.name: check_safetensors(path, budget=budget) for path in found})
 
 
 def _check_shards(index: Path, shards: dict[str, str], tensors: dict[str, dict[str, Span]]) -> None:

@@ -13,7 +13,7 @@ from edgewright.export.guard_archive import archive_kind
 from edgewright.export.guard_files import open_regular, printable
 from edgewright.export.guard_paths import is_plain
 
-MAX_FILES = 10_000
+MAX_FILES = 4_000
 MAX_DEPTH = 8
 """Folders inside folders."""
 

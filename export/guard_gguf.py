@@ -89,7 +89,7 @@ class _Cursor:
             if at + 8 > size:
                 raise Broken(f"{what} ends outside the file", f"{count} strings", f"the file ends at {size}")
             at += 8 + unpack(data, at)[0]
-            if not index & 1023:
+            if not index & 63:
                 self.file.passed(at)
         if at > size:
             raise Broken(f"{what} ends outside the file", f"at most {size} bytes", at)

@@ -15,11 +15,12 @@ from edgewright.export.guard_paths import is_shared
 from edgewright.export.guard_values import FloatSpan, check_finite
 
 MAX_XML_BYTES = 64 * 2**20
-MAX_ELEMENTS = 600_000
+MAX_ELEMENTS = 400_000
 MAX_DEPTH = 64
 """Elements inside each other; the bodies of If and Loop take four each."""
-MAX_TOKEN_BYTES = 32 * 2**20
-"""Longest single attribute or text, such as a tokenizer's JSON."""
+MAX_CONSTANTS = 50_000
+MAX_TOKEN_BYTES = 2 * 2**20
+"""Longest single attribute or text, such as a chat template."""
 
 BITS = {
     "f64": 64, "f32": 32, "f16": 16, "bf16": 16, "i64": 64, "i32": 32, "i16": 16, "i8": 8, "i4": 4, "u64": 64,
@@ -77,7 +78,7 @@ class _Graph:
         self.spans: list[FloatSpan] = []
         self._path, self._weights = path, path.with_suffix(".bin")
         self._available: int | None = None
-        self._depth = self._elements = self._layers = 0
+        self._depth = self._elements = self._layers = self._constants = 0
         self._layer = ""
         self._parser = xml.parsers.expat.ParserCreate()
         self._parser.StartElementHandler = self._start
@@ -136,6 +137,9 @@ class _Graph:
             raise self._unsafe(what, "operations of opset1 and later, and those of openvino_tokenizers", found)
 
     def _constant(self, attributes: dict[str, str]) -> None:
+        self._constants += 1
+        if self._constants > MAX_CONSTANTS:
+            raise Broken("the number of its constants", f"at most {MAX_CONSTANTS}", f"more at {self._place()}")
         what = f"the constant at {self._place()}"
         kind, shape = attributes.get("element_type", ""), attributes.get("shape", "")
         sizes = [_number(part.strip(), f"the shape of {what}") for part in shape.split(",") if part.strip()]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 from edgewright.export.guard_files import Broken, naming, open_regular, unique_keys
-from edgewright.export.guard_values import FloatSpan, check_finite
+from edgewright.export.guard_values import BUDGET, FloatSpan, check_finite
 
-MAX_HEADER_BYTES = 12 * 2**20
-"""Longest header that is read; about 75,000 tensors."""
-MAX_TENSORS = 75_000
+MAX_HEADER_BYTES = 8 * 2**20
+"""Longest header that is read; about 50,000 tensors."""
+MAX_TENSORS = 50_000
+_METADATA = 100_000
+"""Colons, brackets and commas that the texts in the metadata may hold."""
 
 SAFETENSORS_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -41,12 +43,12 @@ class Span(NamedTuple):
     dtype: str
 
 
-def check_safetensors(path: Path) -> dict[str, Span]:
+def check_safetensors(path: Path, *, budget: int = BUDGET) -> dict[str, Span]:
     """Refuse a safetensors file whose header and size do not agree, or whose weights are not finite.
 
     Checked: header length against the file and a cap, JSON without duplicate keys, known element types, shapes times
     width equal to the bytes, spans that cover the data part exactly, without holes and overlaps, and the values of
-    the floating-point weights (the smallest tensors first, up to `guard_values.BUDGET` bytes).
+    the floating-point weights (the smallest tensors first, up to `budget` bytes).
 
     Returns:
         The span of every tensor by name.
@@ -62,11 +64,12 @@ def check_safetensors(path: Path) -> dict[str, Span]:
             raw = file.read(header)
         spans = _check_spans(_parse_header(raw), size - 8 - header)
     begin = 8 + header
-    check_finite(
+    floats = (
         FloatSpan(path, name, begin + span.begin, begin + span.end, span.dtype)
         for name, span in spans.items()
         if name.endswith(WEIGHTS)
     )
+    check_finite(floats, budget)
     return spans
 
 
@@ -84,8 +87,13 @@ def _read_header(first: bytes, size: int) -> int:
 def _parse_header(raw: bytes) -> Mapping[str, object]:
     if not raw.startswith(b"{"):
         raise Broken("the header (byte 8) is not a JSON object", "{", ascii(raw[:16]))
-    if raw.count(b'"dtype"') > MAX_TENSORS:
-        raise Broken("the number of tensors", f"at most {MAX_TENSORS}", raw.count(b'"dtype"'))
+    tensors = raw.count(b'"dtype"')
+    if tensors > MAX_TENSORS:
+        raise Broken("the number of tensors", f"at most {MAX_TENSORS}", tensors)
+    # Parsed, each of these takes 30 times its bytes: as many as the tensors need, and some for the metadata.
+    for mark, each in ((b":", 4), (b"{", 1), (b"[", 2), (b",", 12)):
+        if raw.count(mark) > tensors * each + _METADATA:
+            raise Broken("the number of entries in its header", f"{tensors} tensors and a little metadata", "more")
     try:
         header = json.loads(raw, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -51,19 +52,43 @@ def check_finite(spans: Iterable[FloatSpan], budget: int = BUDGET) -> None:
         if budget < 0:
             break
         chosen.append(span)
-    for path, of_file in groupby(sorted(chosen, key=lambda span: (span.path, span.begin)), key=lambda span: span.path):
+    chosen.sort(key=lambda span: (span.path, span.begin, span.end))
+    for path, of_file in groupby(chosen, key=lambda span: span.path):
+        parts = list(of_file)
+        begins = [part.begin for part in parts]
         with path.open("rb") as file:
-            for span in of_file:
-                file.seek(span.begin)
-                at = span.begin
-                while at < span.end:
-                    piece = file.read(min(_chunk(span), span.end - at))
-                    found = _first(piece, span)
-                    if found is not None:
-                        raise _not_finite(span, at + found)
-                    if not piece:
-                        break  # the file has become shorter since its header was checked: whoever opens it will see
-                    at += len(piece)
+            for span in _joined(parts):
+                found = _first_in(file, span)
+                if found is not None:
+                    raise _not_finite(parts[bisect_right(begins, found) - 1], found)
+
+
+def _joined(spans: list[FloatSpan]) -> Iterator[FloatSpan]:
+    """The same bytes in fewer spans: neighbours of one kind become one, those that occur twice too."""
+    joined = spans[0]
+    for span in spans[1:]:
+        alike = span[4:] == joined[4:] and not (span.block and span.begin != joined.begin)
+        if alike and (span.begin == joined.end or (span.begin, span.end) == (joined.begin, joined.end)):
+            joined = joined._replace(end=span.end)
+        else:
+            yield joined
+            joined = span
+    yield joined
+
+
+def _first_in(file: BinaryIO, span: FloatSpan) -> int | None:
+    """The byte where the first number of a span begins that is not finite."""
+    file.seek(span.begin)
+    at = span.begin
+    while at < span.end:
+        piece = file.read(min(_chunk(span), span.end - at))
+        found = _first(piece, span)
+        if found is not None:
+            return at + found
+        if not piece:
+            return None  # the file has become shorter since its header was checked: whoever opens it will see
+        at += len(piece)
+    return None
 
 
 def _chunk(span: FloatSpan) -> int:
