@@ -147,7 +147,9 @@ def judge(
     from edgewright.export.runtimes.torch_session import TorchSession
     from edgewright.export.weights_only import WeightsOnly
 
-    with TorchSession(source.directory, threads=threads) as torch:  # closed before the file's runtime opens
+    with TorchSession(
+        source.directory, threads=threads, source=source
+    ) as torch:  # closed before the file's runtime opens
         reference = reference or _read_reference(torch, source, texts)
         weights = WeightsOnly(torch.model, source)
         unequal = differences(path, to, source, kept=kept, digests=digests, each=weights)
@@ -171,7 +173,9 @@ def judge(
 
 def reference_of(source: Source, *, threads: int | None = None, texts: Mapping[str, str] | None = None) -> Reference:
     """What a checkpoint says on the gate's texts, to judge several files by."""
-    with open_session(source.directory, threads=threads) as session:
+    from edgewright.export.runtimes.torch_session import TorchSession
+
+    with TorchSession(source.directory, threads=threads, source=source) as session:
         return _read_reference(session, source, texts)
 
 

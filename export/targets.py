@@ -42,8 +42,8 @@ TARGETS = {
     "hf": Target(
         module="edgewright.export.to_hf",
         reader="edgewright.export.hf_reader",
-        quants=("fp32", "fp16", "bf16"),
-        embedding_quants=(),
+        quants=("fp32", "fp16", "bf16", "int8", "nf4", "ternary"),
+        embedding_quants=("fp32", "fp16", "bf16"),
         suffix=None,
     ),
     "gguf": Target(
@@ -82,7 +82,7 @@ TARGETS = {
     ),
     "genai": Target(
         module="edgewright.export.to_genai",
-        reader="edgewright.export.onnx_reader",
+        reader="edgewright.export.genai_reader",
         quants=("fp32", "int8", "int4", "ternary"),
         embedding_quants=("fp32", "int8", "int4"),
         suffix=None,

@@ -1,8 +1,14 @@
-"""transformers on torch, in float32: the reference that every exported file is compared with."""
+"""transformers on torch, in float32: the reference that every exported file is compared with.
+
+It also runs directories whose weights are packed. Those libraries compile small functions on the first call; here they
+run as they are written, since that needs no compiler and gives the same numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +18,41 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from edgewright.errors import BadInput
+from edgewright.export.architecture import open_config, read_config
 from edgewright.export.guard import read_json
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
-from edgewright.export.source import open_tokenizer, special_ids
+from edgewright.export.source import Source, open_tokenizer, special_ids
 from edgewright.student import load_model
+
+PACKAGES = {"bitsandbytes": ("bitsandbytes", "accelerate"), "bitnet": ("accelerate",)}
+"""What transformers needs to open packed weights, by quant_method."""
 
 
 class TorchSession(Session):
-    """A Hugging Face model directory, computed in float32 with scaled-dot-product attention."""
+    """A Hugging Face model directory, computed in float32 with scaled-dot-product attention.
+
+    Args:
+        path: the directory.
+        threads: of torch; None leaves the choice to it.
+        source: the same directory as a source. Where the files only hold rounded or packed weights, the model is then
+            made of the exact ones, as the reference should be; without, it is what transformers makes of the files.
+
+    Raises:
+        BadInput: what `load_model` refuses; EW-603, a package for packed weights is not installed.
+    """
 
     runtime = "torch"
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, source: Source | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.path = path
         disable_progress_bar()
-        self._model: PreTrainedModel | None = load_model(path)
+        settings = read_json(path / "config.json").get("quantization_config")
+        # All packings round activations somewhere: BitNet and int8 to 8 bits, nf4 to bf16 where a CPU is fastest so.
+        packed: Mapping[str, Any] = settings if isinstance(settings, dict) else {}
+        exact = source is not None and bool(source.restored)
+        self._model: PreTrainedModel | None = _exact_model(source) if source and exact else _open(path, packed)
         self._model.generation_config = GenerationConfig()
         self._model.eval()
         self._tokenizer = open_tokenizer(path)
@@ -36,7 +60,7 @@ class TorchSession(Session):
         config = self._model.config
         self.vocab_size = int(config.vocab_size)
         self.context_length = int(config.max_position_embeddings)
-        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=True)
+        self.capabilities = Capabilities(logits=True, rewind=True, fp32_compute=exact or not packed)
         eos, start = self._special("eos"), self._special("bos") or self._special("eos")
         self.start_id = start[0] if start else 0
         self.eos_ids = frozenset(eos)
@@ -44,9 +68,7 @@ class TorchSession(Session):
     def _special(self, kind: str) -> list[int]:
         extra = self.path / "tokenizer_config.json"
         tokens = [self._tokenizer.id_to_token(index) or "" for index in range(self._tokenizer.get_vocab_size())]
-        return special_ids(
-            read_json(self.path / "config.json"), read_json(extra) if extra.exists() else {}, kind, tokens
-        )
+        return special_ids(read_config(self.path), read_json(extra) if extra.exists() else {}, kind, tokens)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -67,7 +89,7 @@ class TorchSession(Session):
         self.check_room(tokens)
         if not tokens:
             return None if logits == "none" else np.empty((0, self.vocab_size), np.float32)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             output = self.model(
                 input_ids=torch.tensor([list(tokens)]),
                 past_key_values=self._cache,
@@ -112,7 +134,7 @@ class TorchSession(Session):
         model: Any = self.model
         prompt = torch.tensor([list(tokens)])
         self.rewind(0)
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             whole = model.generate(
                 prompt,
@@ -132,3 +154,37 @@ class TorchSession(Session):
     def close(self) -> None:
         self._model = None
         self._cache = DynamicCache()
+
+
+def _open(path: Path, packed: Mapping[str, Any]) -> PreTrainedModel:
+    """The model that transformers makes of the files."""
+    wanted = PACKAGES.get(str(packed.get("quant_method")), ())
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        raise BadInput(
+            "EW-603",
+            f"the weights of this model are packed, and {' and '.join(missing)} is not installed",
+            where=path.absolute(),
+            fix=f"pip install {' '.join(missing)}",
+        )
+    if not packed:
+        return load_model(path)
+    # It says at every product what it casts.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    dtype = getattr(torch, str(read_json(path / "config.json").get("dtype", "float32")))
+    with torch.compiler.set_stance("force_eager"):
+        return load_model(path, dtype)  # transformers leaves plain weights beside packed ones as they are
+
+
+def _exact_model(source: Source) -> PreTrainedModel:
+    """The model with the weights that the source has, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    config = open_config(source.directory)
+    config.tie_word_embeddings = source.tied
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in source.names:
+            state[name].copy_(torch.from_numpy(source.tensor(name)))
+    return model
