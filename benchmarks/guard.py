@@ -96,9 +96,8 @@ def real(roots: list[Path]) -> bool:
         print(line(f"FALSE ALARM {path}", result))
     worst = max((result["seconds"] for *_, result in results), default=0.0)
     most = max((result["peak"] for *_, result in results), default=0)
-    print(
-        f"\nreal models: {len(results) - len(wrong)} of {len(results)} pass, at most {worst:.3f} s, {most / 2**20:.1f} MB"
-    )
+    passed = f"{len(results) - len(wrong)} of {len(results)} pass"
+    print(f"\nreal models: {passed}, at most {worst:.3f} s, {most / 2**20:.1f} MB")
     return not wrong and worst < SECONDS and most < BYTES
 
 
