@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from families import save_byte_tokenizer
 
+from edgewright.export.artifact import Written
+from edgewright.export.source import Source, load_source
+
 STORIES = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "stories260K"
 
 
@@ -136,3 +139,49 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return made[family]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def write_openvino(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Written]:
+    """`to_openvino.write` that traces each model once: the graph does not depend on the width."""
+    pytest.importorskip("openvino_genai")
+    from edgewright.export import to_openvino
+    from edgewright.export.decoder_graph import trace
+
+    traced: dict[str, Path] = {}
+
+    def once(source: Source, directory: Path) -> Path:
+        if source.sha256 not in traced:
+            traced[source.sha256] = trace(source, tmp_path_factory.mktemp("traced"))
+        return traced[source.sha256]
+
+    def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(to_openvino, "trace", once)
+            return to_openvino.write(source, directory, quant=quant, embedding_quant=embedding_quant)
+
+    return write
+
+
+def _openvino_folder(
+    model: Path, quant: str, write: Callable[..., Written], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("openvino") / quant
+    assert write(load_source(model), folder, quant=quant).fallbacks == []
+    return folder
+
+
+@pytest.fixture(scope="session")
+def openvino_ternary(
+    ternary_model: Path, write_openvino: Callable[..., Written], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`ternary_model` as an OpenVINO folder of u2 weights."""
+    return _openvino_folder(ternary_model, "ternary", write_openvino, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def openvino_fp32(
+    ternary_model: Path, write_openvino: Callable[..., Written], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """`ternary_model` as an OpenVINO folder of fp32 weights."""
+    return _openvino_folder(ternary_model, "fp32", write_openvino, tmp_path_factory)
