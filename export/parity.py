@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from edgewright.export.runtimes.torch_session import TorchSession
     from edgewright.export.weights_only import WeightsOnly
 
-FULL_CONTEXT_WORK = 1e11
-"""Tokens times parameters that reading a context to its end may cost: 512 tokens of a model of 200 million."""
+FULL_CONTEXT_WORK = 5e10
+"""Tokens times parameters that reading a context to its end may cost: 256 tokens of a model of 200 million."""
 
 MAX_TEXTS = 8
 """Documents of `verify --data` that are read."""

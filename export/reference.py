@@ -18,9 +18,9 @@ from edgewright.export.texts import PROBES, REAL
 
 REAL_TOKENS = 384
 """Positions of real text, all texts together."""
-WRITTEN_TOKENS = 96
+WRITTEN_TOKENS = 64
 """Positions of the text that the reference writes."""
-GREEDY_TOKENS = 24
+GREEDY_TOKENS = 16
 """Tokens that follow each prompt."""
 PROMPT = 12
 """Tokens of a prompt."""

@@ -20,7 +20,8 @@ import numpy as np
 
 HEADS = 8
 """Of queries in stories260K."""
-QUERY_ROWS = 64
+JOINED = {"q_proj": ("qkv_proj", slice(0, 64)), "up_proj": ("gate_up_proj", slice(172, 344))}
+"""The matrices that hold several weights, and whose rows are which."""
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -126,9 +127,10 @@ def _packed(arrays: dict[str, np.ndarray], name: str) -> Stored:
     if name in arrays:
         return Stored([arrays[name]], arrays[name])
     built = name.replace("self_attn", "attn").replace(".weight", ".MatMul.weight")
-    places = {name: None, built: None, built.replace("q_proj", "qkv_proj"): slice(QUERY_ROWS)}
+    places = {name: slice(None), built: slice(None)}
+    places |= {built.replace(part, joined): rows for part, (joined, rows) in JOINED.items() if part in built}
     stem, rows = next((stem, rows) for stem, rows in places.items() if f"{stem}_scales" in arrays)
-    codes, scales = (arrays[f"{stem}{end}"][rows or slice(None)] for end in ("_Q8", "_scales"))
+    codes, scales = (arrays[f"{stem}{end}"][rows] for end in ("_Q8", "_scales"))
     return Stored([codes, scales], scales)
 
 
