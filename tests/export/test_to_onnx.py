@@ -131,6 +131,23 @@ def test_biases_are_added_by_the_packed_product(gpt2: Folder) -> None:
     assert sum(len(node.input) == 6 for node in products) == len(products) - 1  # all but the head
 
 
+def test_no_product_needs_its_input_reshaped(gpt2: Folder) -> None:
+    makers = {output: node for node in gpt2.graph.node for output in node.output}
+    reshaped = [node for node in gpt2.nodes("MatMulNBits") if makers[node.input[0]].op_type == "Reshape"]
+    # The heads of attention, put side by side; and what transformers reshapes before the head.
+    assert len(reshaped) == gpt2.source.config["num_hidden_layers"] + 1
+
+
+def test_learned_positions_begin_behind_the_padding(gpt2: Folder) -> None:
+    texts = [[5, 90, 17, 201, 33, 8], [64, 12]]
+    with OnnxSession(gpt2.path, threads=1) as session:
+        for text, found in zip(texts, session.batch_logits(texts), strict=True):
+            session.rewind(0)
+            right = session.append(text, "all")
+            assert right is not None
+            assert np.allclose(found, right, atol=1e-3)
+
+
 def test_half_precision_is_a_width_of_the_file(half: Folder) -> None:
     kinds = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
     for name in half.source.linears:

@@ -2,8 +2,9 @@
 
     python tests/interop/make_folders.py OUT
 
-OUT gets a folder for each case, and `cases.json`: for each prompt its tokens, and the tokens that the checkpoint goes
-on with in torch in float32 (packed files: that our own session goes on with, which are torch's for most prompts).
+OUT is emptied, and gets a folder for each case, and `cases.json`: for each prompt its tokens, and the tokens that the
+checkpoint goes on with in torch in float32 (packed files: that our own session goes on with, which are torch's for most
+prompts).
 `check_optimum.py` then expects the same from `ORTModelForCausalLM`.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import operator
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,6 +51,7 @@ ROUNDED = {"llama-int4": ("llama", "int4"), "gpt2-int4": ("gpt2", "int4"), "qwen
 
 
 def main(out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
     cases = {}
     for family in CASES:
         cases[family] = _case(_checkpoint(family, out / "checkpoints" / family), out / family, "fp32")
