@@ -48,6 +48,7 @@ def widths(path: Path) -> set[str]:
     """In which widths the matrices are stored."""
     from safetensors import safe_open
 
+    check_model_directory(path)
     found: set[str] = set()
     for file in sorted({*_files(path).values()}):
         with safe_open(file, framework="pt") as opened:
