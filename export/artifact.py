@@ -94,7 +94,7 @@ def digest(values: np.ndarray) -> str:
     found = hashlib.sha256(repr(plain.shape).encode())
     flat = plain.reshape(-1)
     for start in range(0, flat.size, DIGEST_CHUNK):
-        found.update(flat[start : start + DIGEST_CHUNK] + np.float32(0))
+        found.update((flat[start : start + DIGEST_CHUNK] + np.float32(0)).data)
     return found.hexdigest()
 
 

@@ -135,22 +135,22 @@ def read_vocabulary(source: Source) -> Vocabulary:
             raise _unknown(source, f"the setting {key!r} of its model", "none", model[key])
     tokens, types = _tokens(source, model)
     bos, pad = (next(iter(_special(source, kind, tokens)), None) for kind in ("bos", "pad"))
-    eos, *other_ends = _special(source, "eos", tokens) or [None]
-    if eos is None:
+    ends = _special(source, "eos", tokens)
+    if not ends:
         raise _contradiction(source, "an end-of-text token", "no eos_token_id in config.json, no eos_token")
     unknown = model.get("unk_token")
     common: dict[str, Any] = {
         "tokens": tokens,
-        "bos": eos if bos is None else bos,
-        "eos": eos,
+        "bos": ends[0] if bos is None else bos,
+        "eos": ends[0],
         "pad": pad,
         "unknown": tokens.index(unknown) if unknown in tokens else None,
-        "other_ends": other_ends,
+        "other_ends": ends[1:],
         "chat_template": _chat_template(source),
     }
     added = _added_around(source)
     common["add_bos"] = bos is not None and tokens[bos] == added[0]
-    common["add_eos"] = tokens[eos] == added[1]
+    common["add_eos"] = tokens[ends[0]] == added[1]
     if model.get("byte_fallback"):
         return _sentencepiece(source, model, types, common)
     pre = _pre_tokenizer(source, model)
