@@ -51,7 +51,7 @@ LAYOUTS: tuple[Row, ...] = (
     *(Row(target="gguf", width=name, layout=form) for name, form in FORMATS.items()),
     Row(target="gguf", width="q4_1", layout=Q4_1, note=_OFFSET),
     *(
-        Row(target=target, width=width, layout=MatMulNBits(bits=bits, block=16, zero_points=True))
+        Row(target=target, width=width, layout=MatMulNBits(bits=bits, block=32, zero_points=True))
         for target in ("onnx", "genai")
         for width, bits in (("ternary", 2), ("int4", 4), ("int8", 8))
     ),
@@ -64,7 +64,7 @@ LAYOUTS: tuple[Row, ...] = (
     Row(target="hf", width="nf4", layout=Nf4(), note="and its own 16 values"),
     Row(target="hf", width="int8", layout=Int8(), note="if some float32 is 127 times the scale"),
 )
-"""The one table of what is exact where. Blocks are the smallest that a layout takes; coarser scales fit them too."""
+"""The one table of what is exact where. Blocks are the smallest that the writers use; coarser scales fit them too."""
 
 
 def exact_lattices(target: str, width: str) -> list[str]:

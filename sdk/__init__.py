@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgewright.export.parity import verify as verify
     from edgewright.export.runtimes import open_session as open_session
     from edgewright.generate import generate as generate
+    from edgewright.ls import ls as ls
     from edgewright.report import report as report
     from edgewright.run import run as run
 
@@ -32,13 +33,16 @@ __all__ = [
     "explain",
     "export",
     "generate",
+    "ls",
     "open_session",
     "report",
     "run",
     "verify",
 ]
 
-_VERB_MODULES = frozenset({"bench", "check", "doctor", "evaluate", "explain", "export", "generate", "report", "run"})
+_VERB_MODULES = frozenset(
+    {"bench", "check", "doctor", "evaluate", "explain", "export", "generate", "ls", "report", "run"}
+)
 """Modules of this package that can be called (see `_verbs.py`)."""
 _FUNCTIONS = {"verify": "edgewright.export.parity", "open_session": "edgewright.export.runtimes"}
 

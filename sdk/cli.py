@@ -386,6 +386,20 @@ def report(
 
 
 @app.command()
+def ls(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="methods, optimizers, losses, targets or presets.")],
+    as_json: Json = False,
+) -> None:
+    """What there is to choose from.
+
+    Of targets also their widths, and which quantized weights each holds bit for bit.
+    """
+    from edgewright.ls import ls
+
+    _show("ls", ls(kind), as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Try what is installed here.
 

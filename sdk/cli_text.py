@@ -180,6 +180,33 @@ def _generate(result: dict[str, Any]) -> str:
     return str(result["prompt"] + result["text"])
 
 
+def _ls(result: dict[str, Any]) -> str:
+    kind = next(key for key in result if key != "schema_version")
+    return "\n".join(line for entry in result[kind] for line in _entry(entry))
+
+
+def _entry(entry: dict[str, Any]) -> list[str]:
+    """A thing to choose, with its widths, options or sizes below it."""
+    paper = (
+        f" ({entry['paper']})"
+        if entry["paper"] and entry["paper"].removeprefix("arXiv:") not in entry["summary"]
+        else ""
+    )
+    lines = [f"{entry['name']}: {entry['summary']}{paper}"]
+    for width in entry.get("widths", []):
+        lines += [f"  {width['name']}" + (f"  exact for {width['exact'][0]}" if width["exact"] else "")]
+        lines += [f"  {' ' * len(width['name'])}         or {text}" for text in width["exact"][1:]]
+    for option in entry.get("options", []):
+        lines.append(f"  {option['name']}" + ("" if option["required"] else f" = {option['default']}"))
+    hidden = {"name", "summary", "paper", "widths", "options"}
+    lines += [f"  {key}: {_value(value)}" for key, value in entry.items() if key not in hidden]
+    return lines
+
+
+def _value(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _doctor(result: dict[str, Any]) -> str:
     marks = {"ok": "ok  ", "missing": "--  ", "failed": "FAIL"}
     lines = []
@@ -205,6 +232,7 @@ _TEXTS: dict[str, Text] = {
     "pack": _pack,
     "generate": _generate,
     "report": _report,
+    "ls": _ls,
     "doctor": _doctor,
     "explain": _explain,
 }

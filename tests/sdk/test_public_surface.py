@@ -19,12 +19,13 @@ NAMES = [
     "explain",
     "export",
     "generate",
+    "ls",
     "open_session",
     "report",
     "run",
     "verify",
 ]
-VERBS = ["check", "run", "evaluate", "export", "verify", "bench", "generate", "report", "doctor", "explain"]
+VERBS = ["check", "run", "evaluate", "export", "verify", "bench", "generate", "report", "ls", "doctor", "explain"]
 OPTIONS = {
     "check": {"--schema", "--json", "--help"},
     "run": {"--fresh", "--json", "--help"},
@@ -37,6 +38,7 @@ OPTIONS = {
     "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--threads", "--json", "--help"},
     "report": {"--add", "--json", "--help"},
+    "ls": {"--json", "--help"},
     "doctor": {"--json", "--help"},
     "explain": {"--json", "--help"},
 }  # fmt: skip

@@ -1,0 +1,152 @@
+"""`ls`: what there is to choose from - methods, optimizers, losses, targets with their widths, presets."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from edgewright._verbs import VerbModule
+from edgewright.errors import RecipeError
+
+Entry = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """Everything of one kind."""
+
+    kind: str
+    entries: list[Entry]
+    """Each with `name`, `summary`, `paper` (None where there is none) and what its kind has besides."""
+
+    def to_json(self) -> dict[str, object]:
+        """The object that `ls --json` prints."""
+        return {"schema_version": 1, self.kind: self.entries}
+
+
+def ls(kind: str) -> Listing:
+    """What there is of a kind.
+
+    Args:
+        kind: a key of `KINDS`.
+
+    Raises:
+        RecipeError: EW-534, there is no such kind.
+    """
+    if kind not in KINDS:
+        raise RecipeError(
+            "EW-534", "there is nothing of this kind to list", expected=f"one of: {', '.join(KINDS)}", found=kind
+        )
+    return Listing(kind=kind, entries=KINDS[kind]())
+
+
+def _methods() -> list[Entry]:
+    from edgewright.recipe import MethodConfig
+
+    return [_section(config) for config in _sections(MethodConfig)]
+
+
+def _optimizers() -> list[Entry]:
+    from edgewright.recipe import OptimizerConfig
+
+    return [_section(config) for config in _sections(OptimizerConfig)]
+
+
+def _losses() -> list[Entry]:
+    """What a recipe's `objective` may be, and the plain functions on logits."""
+    from edgewright.compress import losses
+    from edgewright.recipe import ObjectiveConfig
+
+    functions = [
+        _described(name, function, python=f"edgewright.compress.losses.{name}")
+        for name, function in vars(losses).items()
+        if inspect.isfunction(function) and "student_logits" in inspect.signature(function).parameters
+    ]
+    return [*(_section(config) for config in _sections(ObjectiveConfig)), *functions]
+
+
+def _targets() -> list[Entry]:
+    from edgewright.export.layout import exact_lattices
+    from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
+    from edgewright.export.targets import TARGETS
+
+    runtimes = {target: runtime for runtime, target in TARGET_OF.items()}
+    return [
+        {
+            "name": name,
+            "summary": f"a {'folder' if target.suffix is None else target.suffix + ' file'} for {runtimes[name]}",
+            "paper": None,
+            "widths": [{"name": width, "exact": exact_lattices(name, width)} for width in target.quants],
+            "embedding_widths": list(target.embedding_quants),
+            "runtime": runtimes[name],
+            "install": SESSIONS[runtimes[name]][3],
+        }
+        for name, target in TARGETS.items()
+    ]
+
+
+def _presets() -> list[Entry]:
+    from edgewright.student import PRESETS, PresetStudentConfig
+
+    return [
+        {
+            "name": name,
+            "summary": "Llama, randomly initialised",
+            "paper": None,
+            **sizes,
+            "parameters_beside_embedding": PresetStudentConfig.model_validate({"preset": name}).parameters(0),
+        }
+        for name, sizes in PRESETS.items()
+    ]
+
+
+KINDS: dict[str, Callable[[], list[Entry]]] = {
+    "methods": _methods,
+    "optimizers": _optimizers,
+    "losses": _losses,
+    "targets": _targets,
+    "presets": _presets,
+}
+"""The kinds, and what lists each."""
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The recipe sections that a type allows: itself, or the members of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _sections(part)
+
+
+def _section(config: type[BaseModel]) -> Entry:
+    """A section of a recipe, by the name in its `type`, with its options."""
+    options = [
+        {"name": name, "default": _plain(field.get_default(call_default_factory=True)), "required": field.is_required()}
+        for name, field in config.model_fields.items()
+        if name != "type"
+    ]
+    return _described(str(config.model_fields["type"].default), config, options=options)
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, str | int | float | bool | list | tuple | None) else None
+
+
+def _described(name: str, thing: object, **more: object) -> Entry:
+    """Name, first sentence and paper of something with a docstring; the paper may stand in its module's."""
+    text = inspect.getdoc(thing) or ""
+    found = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", text) or re.search(
+        r"arXiv[: ](\d{4}\.\d{4,5})", inspect.getdoc(inspect.getmodule(thing)) or ""
+    )
+    summary = " ".join(text.split("\n\n")[0].split())
+    return {"name": name, "summary": summary, "paper": f"arXiv:{found.group(1)}" if found else None, **more}
+
+
+sys.modules[__name__].__class__ = VerbModule

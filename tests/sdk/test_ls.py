@@ -1,0 +1,85 @@
+"""What `ls` lists is what recipes and exports take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import edgewright
+from edgewright.errors import RecipeError
+from edgewright.ls import KINDS, ls
+
+
+def entries(kind: str) -> dict[str, dict[str, Any]]:
+    listing = ls(kind).to_json()
+    assert listing.keys() == {"schema_version", kind}
+    json.dumps(listing)
+    return {entry["name"]: entry for entry in listing[kind]}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_entry_has_name_summary_and_paper(kind: str) -> None:
+    for entry in entries(kind).values():
+        assert {"name", "summary", "paper"} <= entry.keys()
+        assert entry["summary"]
+
+
+def test_methods_have_their_papers_and_the_options_of_the_recipe() -> None:
+    ternary = entries("methods")["ternary"]
+    assert ternary["paper"] == "arXiv:2402.17764"
+    options = {option["name"]: option for option in ternary["options"]}
+    assert options["granularity"] == {"name": "granularity", "default": "row", "required": False}
+    assert "type" not in options
+    teacher = {option["name"]: option for option in entries("losses")["distill"]["options"]}["teacher"]
+    assert teacher["required"]
+
+
+def test_losses_are_objectives_and_functions() -> None:
+    found = entries("losses")
+    assert {"next_token", "distill", "forward_kl"} <= found.keys()
+    assert found["forward_kl"]["python"] == "edgewright.compress.losses.forward_kl"
+    assert "distillation_rule" not in found
+
+
+def test_targets_are_those_of_export_with_what_each_width_holds() -> None:
+    from edgewright.export.targets import TARGETS
+
+    found = entries("targets")
+    assert list(found) == list(TARGETS)
+    for name, target in TARGETS.items():
+        assert [width["name"] for width in found[name]["widths"]] == list(target.quants)
+        for width in found[name]["widths"]:
+            plain = width["name"] in ("fp32", "fp16", "bf16", "f32", "f16")
+            assert not (plain and width["exact"])
+    widths = {width["name"]: width["exact"] for width in found["hf"]["widths"]}
+    assert widths["ternary"] == ["codes -1..1, a scale per tensor in float32, rows a multiple of 4"]
+    gguf = {width["name"]: width["exact"] for width in found["gguf"]["widths"]}
+    assert "codes -1..1, a scale per tensor, row or multiple of 256 columns" in gguf["tq2_0"][0]
+
+
+def test_presets_say_how_large_they_are() -> None:
+    smallest = entries("presets")["llama-1m"]
+    assert smallest["hidden_size"] == 128
+    assert smallest["parameters_beside_embedding"] == 3 * (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128) + 128
+
+
+def test_an_unknown_kind_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match=r"EW-534.*\n.*methods, optimizers, losses, targets, presets"):
+        edgewright.ls("widths")
+
+
+def test_the_verb_prints_a_list_or_an_object() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "edgewright.cli", "ls", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    as_json = run("targets", "--json")
+    assert (as_json.returncode, as_json.stderr) == (0, "")
+    assert json.loads(as_json.stdout) == ls("targets").to_json()
+    text = run("methods")
+    assert text.stdout.startswith("ternary: Absmean ternary weights")
+    assert run("nothing").returncode == 2
