@@ -17,16 +17,19 @@ from typing import Literal
 
 from edgewright.errors import EdgewrightError, GateFailed
 from edgewright.export.artifact import Artifact
+from edgewright.export.calibrated import Calibrations
+from edgewright.export.parity import reference_of
+from edgewright.export.reference import Reference
 from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
 from edgewright.export.source import Source
-from edgewright.export.targets import TARGETS, Made, Target, final_path, install, make
+from edgewright.export.targets import TARGETS, Made, Target, final_path, folder, install, make
 from edgewright.files import disk_errors
 
 BITS = {
-    "fp32": 32, "f32": 32, "fp16": 16, "f16": 16, "bf16": 16, "q8_0": 8.5, "int8": 8.25, "q6_k": 6.5625, "q5_k": 5.5,
-    "q5_k_m": 5.7, "q5_0": 5.5, "q4_1": 5, "q4_k_m": 4.9, "q4_k": 4.5, "iq4_nl": 4.5, "q4_0": 4.5, "int4": 4.5,
-    "q3_k_m": 3.9, "q3_k": 3.4375, "q2_k": 2.625, "q2_0": 2.25,
-    "ternary": 2.25, "tq2_0": 2.0625, "tq1_0": 1.6875,
+    "fp32": 32, "f32": 32, "fp16": 16, "f16": 16, "bf16": 16, "q8_0": 8.5, "int8": 8.25, "q6_k": 6.5625,
+    "q5_k_m": 5.7, "q5_k": 5.5, "q5_0": 5.5, "q4_1": 5, "q4_k_m": 4.8, "q4_k": 4.5, "q4_0": 4.5, "iq4_nl": 4.5,
+    "int4": 4.5, "q3_k_m": 3.9, "q3_k": 3.4375, "q2_k": 2.625, "q2_0": 2.25, "ternary": 2.25, "tq2_0": 2.0625,
+    "tq1_0": 1.6875,
 }  # fmt: skip
 """Bits a weight takes, scales included: to leave out what cannot fit the budget before it is written."""
 
@@ -41,6 +44,9 @@ TERNARY = frozenset({"ternary", "tq2_0", "tq1_0", "q2_0"})
 
 SURELY = 0.9
 """A file is left out unseen when this share of its estimated size is over the budget."""
+
+EMBEDDINGS = frozenset({"f32", "fp32", "f16", "fp16", "q8_0", "int8", "q4_0", "int4"})
+"""Widths of embedding and head that are tried; between them no runtime is faster."""
 
 HEAT = 4
 """Files that are open at the same time while they are measured; the winner of a heat goes on to the next."""
@@ -77,6 +83,7 @@ def best(
     source: Source,
     *,
     out: Path,
+    calibrations: Calibrations,
     budget_mb: float | None = None,
     max_kl: float | None = None,
     threads: int | None = None,
@@ -87,6 +94,7 @@ def best(
     Args:
         source: the checkpoint.
         out: as for the target that wins: a folder, or where the file goes.
+        calibrations: gives the source for each pair of widths.
         budget_mb: the most that the artifact may weigh, in 10**6 bytes.
         max_kl: the gate's limit for the mean KL; by default each width's own.
         threads: of the runtimes, in the gate and while they are measured.
@@ -97,15 +105,19 @@ def best(
         GateFailed: EW-511, no combination passes.
     """
     budget = math.inf if budget_mb is None else budget_mb * 1e6
-    out.parent.mkdir(parents=True, exist_ok=True)
+    reference = reference_of(source, threads=threads)
     candidates = list(combinations(source))
-    with disk_errors(out), tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as scratch:
+    with (
+        disk_errors(out),
+        folder(out.parent),
+        tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as scratch,
+    ):
         made: dict[int, Made] = {}
         for index, candidate in enumerate(candidates):
             candidate.reason = _unfit(candidate, source, budget)
             if not candidate.reason:
                 place = Path(scratch) / f"{index}{TARGETS[candidate.to].suffix or ''}"
-                found = _try(candidate, source, place, budget, max_kl, threads)
+                found = _try(candidate, calibrations, reference, place, budget, max_kl, threads)
                 if found is not None:
                     made[index] = found
             say(f"{candidate.name}: {candidate.reason or f'passed, {candidate.bytes or 0:,} bytes'}")
@@ -132,7 +144,8 @@ def combinations(source: Source) -> Iterator[Candidate]:
 
 def _embedding_widths(quant: str, target: Target) -> list[str]:
     """At least as wide as the linear weights, at most 16 bits unless those are wider (or nothing narrower exists)."""
-    legal = [width for width in target.embedding_quants if BITS[width] >= BITS[quant] - 0.5]
+    tried = [width for width in target.embedding_quants if width in EMBEDDINGS]
+    legal = [width for width in tried if BITS[width] >= BITS[quant] - 0.5]
     return [width for width in legal if BITS[width] <= max(16, BITS[quant])] or legal
 
 
@@ -165,13 +178,20 @@ def estimated_bytes(source: Source, quant: str, embedding_quant: str) -> float:
 
 
 def _try(
-    candidate: Candidate, source: Source, place: Path, budget: float, max_kl: float | None, threads: int | None
+    candidate: Candidate,
+    calibrations: Calibrations,
+    reference: Reference,
+    place: Path,
+    budget: float,
+    max_kl: float | None,
+    threads: int | None,
 ) -> Made | None:
     """Write one combination and put it through the gate; None when it does not stand, with the reason noted."""
     try:
+        source = calibrations.of(candidate.to, candidate.quant, candidate.embedding_quant)
         made = make(
             source, place, to=candidate.to, quant=candidate.quant, embedding_quant=candidate.embedding_quant,
-            verify=True, max_kl=max_kl, threads=threads,
+            verify=True, max_kl=max_kl, threads=threads, reference=reference,
         )  # fmt: skip
     except EdgewrightError as error:
         candidate.status, candidate.reason = "refused", f"{error.code}: {error.what}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgewright.errors import BadInput, RecipeError
 from edgewright.export.source import Source
@@ -87,6 +88,49 @@ def calibrated_source(
         columns_of=COLUMNS.get(to, 1), threads=threads, say=say,
     )  # fmt: skip
     return result, asked
+
+
+class Calibrations:
+    """The sources that `--to best` tries: each calibration is made once, and serves every file that can hold it.
+
+    Args:
+        source: the checkpoint.
+        files, method, threads, say: as in `calibrate`; without files nothing is calibrated.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        files: Sequence[str | Path] | None,
+        method: str,
+        threads: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._source, self._files, self._method, self._threads, self._say = source, files, method, threads, say
+        self._made: dict[tuple[object, ...], Source] = {}
+
+    def of(self, to: str, quant: str, embedding_quant: str) -> Source:
+        """What to write at these widths; the checkpoint itself where calibration cannot help."""
+        from edgewright.export.calibrate import calibrate
+        from edgewright.export.sensitivity import NARROW
+
+        widths = BITS.get(to, {})
+        if self._files is None or quant not in (*widths, *IMATRIX.get(to, ())):
+            return self._source
+        if quant not in widths:
+            key: tuple[object, ...] = ("imatrix",)
+            settings: dict[str, Any] = {"method": "imatrix"}
+        else:
+            group = 32 if widths[quant] == NARROW else WIDE_GROUPS.get(to, 32)
+            settings = {"method": self._method, "bits": widths[quant], "embedding_bits": widths.get(embedding_quant)}
+            settings |= {"group": group, "columns_of": COLUMNS.get(to, 1)}
+            key = tuple(settings.values())
+        if key not in self._made:
+            self._made[key] = calibrate(
+                self._source, files=self._files, threads=self._threads, say=self._say, **settings
+            )
+        return self._made[key]
 
 
 def _useless(to: str, quant: str) -> RecipeError:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgewright.export.parity import Parity
+    from edgewright.export.reference import Reference
     from edgewright.export.source import Source
 
 
@@ -145,30 +146,40 @@ def export(
             Nothing was left behind.
         OutOfResources: EW-401, the disk is full.
     """
-    from edgewright.export.calibrated import calibrated_source
+    from edgewright.export.calibrated import Calibrations, calibrated_source
     from edgewright.export.source import load_source
 
     if to == BEST:
         from edgewright.export.best import best
 
-        _refuse_choices(quant, embedding_quant, verify, calibrate)
-        return best(load_source(model), out=Path(out), budget_mb=budget_mb, max_kl=max_kl, threads=threads, say=say)
+        _refuse_choices(quant, embedding_quant, verify)
+        source = load_source(model)
+        calibrations = Calibrations(source, files=calibrate, method=method, threads=threads, say=say)
+        return best(
+            source,
+            out=Path(out),
+            calibrations=calibrations,
+            budget_mb=budget_mb,
+            max_kl=max_kl,
+            threads=threads,
+            say=say,
+        )
     target = _target(to, quant, embedding_quant)
     assert quant is not None
     source = load_source(model)
     final = final_path(Path(out), target, source, quant)
-    with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with staged(final) as place:
-            if calibrate is not None:
-                source, embedding_quant = calibrated_source(
-                    source, to=to, quant=quant, embedding_quant=embedding_quant, files=calibrate, method=method,
-                    budget_mb=budget_mb, plain_bytes=_weigher(source, place, to, quant), threads=threads, say=say,
-                )  # fmt: skip
-            made = make(source, place, to=to, quant=quant, embedding_quant=embedding_quant, verify=verify,
-                        max_kl=max_kl, threads=threads)  # fmt: skip
-            _check_budget(made.entry, budget_mb)
-            install(made, final)
+    with disk_errors(final), folder(final.parent), staged(final) as place:
+        if calibrate is not None:
+            source, embedding_quant = calibrated_source(
+                source, to=to, quant=quant, embedding_quant=embedding_quant, files=calibrate, method=method,
+                budget_mb=budget_mb, plain_bytes=_weigher(source, place, to, quant), threads=threads, say=say,
+            )  # fmt: skip
+        made = make(
+            source, place, to=to, quant=quant, embedding_quant=embedding_quant, verify=verify, max_kl=max_kl,
+            threads=threads,
+        )  # fmt: skip
+        _check_budget(made.entry, budget_mb)
+        install(made, final)
     return made.artifact(final)
 
 
@@ -221,11 +232,16 @@ def make(
     verify: bool,
     max_kl: float | None,
     threads: int | None,
+    reference: Reference | None = None,
 ) -> Made:
-    """Write an artifact to a temporary place, and prove it there. Arguments and errors as in `export`."""
+    """Write an artifact to a temporary place, and prove it there. Arguments and errors as in `export`.
+
+    Args:
+        reference: what the checkpoint says, where it was read before (`parity.reference_of`).
+    """
     writer = importlib.import_module(TARGETS[to].module)
     written: Written = writer.write(source, place, quant=quant, embedding_quant=embedding_quant)
-    parity = _gate(place, to, quant, written, source, max_kl, threads) if verify else None
+    parity = _gate(place, to, quant, written, source, max_kl, threads, reference) if verify else None
     return Made(place=place, written=written, entry=_entry(place, to, quant, written, source, parity))
 
 
@@ -238,16 +254,9 @@ def install(made: Made, final: Path) -> None:
         write_entry(final, made.entry)
 
 
-def _refuse_choices(
-    quant: str | None, embedding_quant: str | None, verify: bool, calibrate: Sequence[Path | str] | None
-) -> None:
+def _refuse_choices(quant: str | None, embedding_quant: str | None, verify: bool) -> None:
     """`best` chooses widths itself, and only among proven files."""
-    given = {
-        "--quant": quant,
-        "--embedding-quant": embedding_quant,
-        "--no-verify": None if verify else True,
-        "--calibrate": calibrate,
-    }
+    given = {"--quant": quant, "--embedding-quant": embedding_quant, "--no-verify": None if verify else True}
     for option, value in given.items():
         if value is not None:
             raise RecipeError(
@@ -302,15 +311,23 @@ def _unknown(code: str, what: str, found: str, legal: Any) -> RecipeError:
 
 
 def _gate(
-    place: Path, to: str, quant: str, written: Written, source: Source, max_kl: float | None, threads: int | None
+    place: Path,
+    to: str,
+    quant: str,
+    written: Written,
+    source: Source,
+    max_kl: float | None,
+    threads: int | None,
+    reference: Reference | None,
 ) -> Parity:
     """Raises GateFailed (EW-504) with every reason."""
     from edgewright.export.parity import judge
 
     widths = {quant, written.embedding_quant, *(fallback.quant for fallback in written.fallbacks)}
     parity = judge(
-        place, to, widths, source, kept=written.lattice, digests=written.digests, max_kl=max_kl, threads=threads
-    )
+        place, to, widths, source, kept=written.lattice, digests=written.digests, max_kl=max_kl, threads=threads,
+        reference=reference,
+    )  # fmt: skip
     if parity.gate == "failed":
         raise GateFailed(
             "EW-504",
@@ -371,6 +388,20 @@ def _occupied(out: Path, expected: str) -> RecipeError:
         "EW-509", "the export would overwrite something else", where=out.absolute(), expected=expected, found=found,
         fix="choose another --out",
     )  # fmt: skip
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Make a folder; where it and those above it were made for nothing, they vanish at the end."""
+    new = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for each in new:
+            if any(each.iterdir()):
+                break
+            each.rmdir()
 
 
 @contextmanager
