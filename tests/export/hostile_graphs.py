@@ -172,16 +172,17 @@ GOOD_ONNX: dict[str, bytes] = {
 
 def onnx_folder(folder: Path, raw: bytes) -> Path:
     """`model.onnx` with the data files, links and pipes that the cases name."""
-    secret = folder.parent / "secret"
+    secret, shared = folder.parent / "secret", folder.parent / "shared"
     (folder / "sub").mkdir(parents=True)
     (folder / "model.onnx").write_bytes(raw)
     for path in (folder / "data", folder / "sub" / "data"):
         path.write_bytes(struct.pack("<256f", *range(256)))
-    secret.write_bytes(GOOD)
+    for path in (secret, shared):
+        path.write_bytes(GOOD)
     (folder / "nan").write_bytes(NAN)
     (folder / "link").symlink_to(secret)
     (folder / "folder").symlink_to(folder.parent)
-    os.link(secret, folder / "hard")
+    os.link(shared, folder / "hard")
     os.mkfifo(folder / "pipe")
     return folder / "model.onnx"
 
