@@ -1,7 +1,7 @@
 """Surgery on decoder graphs in ONNX: weights become packed codes, and what a runtime cannot run is rewritten.
 
-A graph arrives as the vendor's builder made it, in fp32. Its weights are named after the modules of the checkpoint;
-`checkpoint_names` is that map. Nothing here rounds: layouts are packed from a lattice (`layout.py`).
+A graph arrives as the vendor's builder made it, in fp32. Nothing here rounds: what is packed was laid out from a
+lattice (`onnx_packing.py`).
 """
 
 from __future__ import annotations
@@ -13,47 +13,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edgewright.export.onnx_packing import Packed
+
 CONTRIB = "com.microsoft"
 
-FUSED: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""Linear layers that a graph may join into one, by rows, and their parts."""
-
-_MODULES: dict[str, str] = {"attn": "self_attn", "mlp": "mlp"}
-_LINEAR = re.compile(r"model\.layers\.(\d+)\.(attn|mlp)\.(\w+)\.MatMul\.weight$")
-_NORM = re.compile(r"model\.layers\.(\d+)\.(final_norm_layernorm|\w+)\.weight$")
-_JOINED_FROM = 1 << 20
-"""Weights from which joining two matrices pays: below it, what is saved in starting them goes into the split."""
-_ROTARY_HEAD = 16
-"""GroupQueryAttention rotates only heads whose size is a multiple of this."""
-
-
-def checkpoint_names(initializer: str, *, head: str) -> tuple[str, ...] | None:
-    """The checkpoint's names of a linear weight, in the order of its rows; None when it is no linear weight.
-
-    Args:
-        initializer: name in the fp32 graph.
-        head: the checkpoint's name of the output head.
-    """
-    if initializer == "lm_head.MatMul.weight":
-        return (head,)
-    match = _LINEAR.match(initializer)
-    if match is None:
-        return None
-    layer, module, projection = match.groups()
-    return tuple(
-        f"model.layers.{layer}.{_MODULES[module]}.{part}.weight" for part in FUSED.get(projection, (projection,))
-    )
-
-
-def norm_name(initializer: str) -> str | None:
-    """The checkpoint's name of a norm weight; None when it is no norm weight."""
-    match = _NORM.match(initializer)
-    if match is None:
-        return None
-    return "model.norm.weight" if match[2] == "final_norm_layernorm" else initializer
+_ROTARY_PARTS = 8
+"""GroupQueryAttention rotates only by tables whose width is a multiple of this."""
+_LAYER = re.compile(r"/layers\.(\d+)/")
 
 
 class Graph:
@@ -81,6 +47,10 @@ class Graph:
             self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
+    def set(self, name: str, value: np.ndarray) -> None:
+        """Give an initializer another value."""
+        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+
     def replace(self, edit: Callable[[onnx.NodeProto], list[onnx.NodeProto]]) -> None:
         """Put the nodes that `edit` gives in the place of each node, in order."""
         nodes = [new for node in self.model.graph.node for new in edit(node)]
@@ -100,59 +70,57 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-def set_packed_linear(
-    graph: Graph, node: onnx.NodeProto, packed: np.ndarray, scales: np.ndarray, *, columns: int, bits: int, block: int
-) -> None:
+def set_packed_linear(graph: Graph, node: onnx.NodeProto, packed: Packed) -> None:
     """Turn a `MatMul` with a constant weight into a `MatMulNBits`.
 
     `accuracy_level` is 4 (activations in 8 bits per block): at 2 and 8 bits level 0 is ten times slower and more
     (benchmarks/onnx_block_size.py).
-
-    Args:
-        graph: that holds the node.
-        node: the `MatMul`.
-        packed: uint8 `[rows, blocks, block * bits / 8]`.
-        scales: float32 `[rows, blocks]`.
-        columns: width of the unpadded weight.
-        bits: 2, 4 or 8.
-        block: weights per scale.
     """
-    weight = node.input[1]
-    inputs = [node.input[0], graph.add(f"{weight}_Q{bits}", packed), graph.add(f"{weight}_scales", scales)]
+    weight, bits = node.input[1], packed.layout.bits
+    codes = graph.add(f"{weight}_Q{bits}", packed.codes)
     node.CopyFrom(
         helper.make_node(
             "MatMulNBits",
-            inputs,
+            [node.input[0], codes, *_scaling(graph, weight, packed)],
             list(node.output),
             name=f"{node.name}_Q{bits}",
             domain=CONTRIB,
-            K=columns,
-            N=len(packed),
+            K=packed.columns,
+            N=len(packed.codes),
             bits=bits,
-            block_size=block,
+            block_size=packed.layout.block,
             accuracy_level=4,
         )
     )
 
 
-def join_gate_up(graph: Graph) -> None:
-    """Make one `MatMulNBits` of each pair of gate and up projections, and split what it gives.
+def _scaling(graph: Graph, weight: str, packed: Packed) -> list[str]:
+    """The scales, and the zero points where they are not the operator's own."""
+    scales = graph.add(f"{weight}_scales", packed.scales)
+    return [scales] if packed.zeros is None else [scales, graph.add(f"{weight}_zeros", packed.zeros)]
+
+
+def join_gate_up(graph: Graph, kind: str) -> None:
+    """Make one product of the gate and up projections of each layer, and split what it gives.
 
     A decoder at two bits spends a good part of its time between the products: a product fewer in each layer, and the
     same input rounded once, make decoding some 5 % faster at 200M parameters.
+
+    Args:
+        graph: of the builder.
+        kind: `MatMul`, or `MatMulNBits`, where only matrices of one layout are joined.
     """
-    gates = {node.input[0]: node for node in graph.nodes("MatMulNBits") if ".mlp.gate_proj." in node.input[1]}
-    ups = {node.input[0]: node for node in graph.nodes("MatMulNBits") if ".mlp.up_proj." in node.input[1]}
-    pairs = [(gate, ups[source]) for source, gate in gates.items() if source in ups and _same_layout(gate, ups[source])]
+    gates = {node.input[0]: node for node in graph.nodes(kind) if ".mlp.gate_proj." in node.input[1]}
+    ups = {node.input[0]: node for node in graph.nodes(kind) if ".mlp.up_proj." in node.input[1]}
+    pairs = [(gate, ups[source]) for source, gate in gates.items() if source in ups and _alike(gate, ups[source])]
     joined = {gate.name: _joined(graph, gate, up) for gate, up in pairs}
     gone = {up.name for _, up in pairs}
     graph.replace(lambda node: [] if node.name in gone else joined.get(node.name, [node]))
 
 
-def _same_layout(gate: onnx.NodeProto, up: onnx.NodeProto) -> bool:
-    """Whether two matrices may be one, and are large enough."""
-    values = attributes(gate)
-    return values == attributes(up) and int(values["K"]) * int(values["N"]) >= _JOINED_FROM  # type: ignore[call-overload]
+def _alike(gate: onnx.NodeProto, up: onnx.NodeProto) -> bool:
+    """Whether two products differ in their weights alone."""
+    return attributes(gate) == attributes(up) and len(gate.input) == len(up.input)
 
 
 def _joined(graph: Graph, gate: onnx.NodeProto, up: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -161,8 +129,9 @@ def _joined(graph: Graph, gate: onnx.NodeProto, up: onnx.NodeProto) -> list[onnx
     def named(name: str) -> str:
         return name.replace("gate_proj", "gate_up_proj")
 
+    axis = 1 if gate.op_type == "MatMul" else 0  # of the rows
     weights = [
-        graph.add(named(one), np.concatenate([graph.array(one), graph.array(other)]))
+        graph.add(named(one), np.concatenate([graph.array(one), graph.array(other)], axis=axis))
         for one, other in zip(gate.input[1:], up.input[1:], strict=True)
     ]
     output, name = named(gate.output[0]), named(gate.name)
@@ -171,30 +140,23 @@ def _joined(graph: Graph, gate: onnx.NodeProto, up: onnx.NodeProto) -> list[onnx
     product.name = name
     product.input[1:] = weights
     product.output[0] = output
-    next(attribute for attribute in product.attribute if attribute.name == "N").i *= 2
+    for attribute in product.attribute:
+        if attribute.name == "N":
+            attribute.i *= 2
     both = [gate.output[0], up.output[0]]
     return [product, helper.make_node("Split", [output], both, name=f"{name}/Split", axis=-1, num_outputs=2)]
 
 
-def set_packed_embedding(
-    graph: Graph, packed: np.ndarray, scales: np.ndarray, *, columns: int, bits: int, block: int
-) -> None:
+def set_packed_embedding(graph: Graph, packed: Packed) -> None:
     """Turn the token embedding's `Gather` into a `GatherBlockQuantized`.
 
     The table is stored in the head's layout, so that a tied head and the embedding read the same bytes.
-
-    Args:
-        graph: with one embedding.
-        packed: uint8 `[vocabulary, blocks, block * bits / 8]`.
-        scales: float32 `[vocabulary, blocks]`.
-        columns: the hidden size.
-        bits: 4 or 8.
-        block: weights per scale.
     """
     gather, transpose = embedding_nodes(graph)
     weight = gather.input[0] if transpose is None else transpose.input[0]
-    rows, blocks, width = packed.shape
-    table = graph.add(f"{weight}_Q{bits}", packed)
+    bits, block, columns = packed.layout.bits, packed.layout.block, packed.columns
+    rows, blocks, width = packed.codes.shape
+    table = graph.add(f"{weight}_Q{bits}", packed.codes)
     flat_shape = graph.add("embedding_shape", np.array([rows, blocks * width], np.int64))
     base = gather.name.rsplit("/", 1)[0]
     whole = blocks * block == columns
@@ -204,7 +166,7 @@ def set_packed_embedding(
         helper.make_node("Reshape", [table, flat_shape], [f"{base}/Reshape/output_0"], name=f"{base}/Reshape"),
         helper.make_node(
             "GatherBlockQuantized",
-            [f"{base}/Reshape/output_0", gather.input[1], graph.add(f"{weight}_scales", scales)],
+            [f"{base}/Reshape/output_0", gather.input[1], *_scaling(graph, weight, packed)],
             [raw],
             name=f"{base}/GatherBlockQuantized",
             domain=CONTRIB,
@@ -249,8 +211,39 @@ def use_standard_norm(graph: Graph) -> None:
             opset.version = max(opset.version, 23)
 
 
+def set_windows(graph: Graph, windows: list[int | None]) -> None:
+    """Let each layer's attention see as many tokens as the checkpoint says, itself among them; None for all.
+
+    The builder drops the window where all layers have one. Where some have, it makes the cache forget what is behind
+    it (`sliding_window_cache`); the one here keeps everything, so that it can be rewound.
+    """
+    for node in graph.nodes("GroupQueryAttention"):
+        layer = _LAYER.search(node.name)
+        assert layer is not None
+        window = windows[int(layer[1])]
+        kept = [each for each in node.attribute if each.name not in ("sliding_window_cache", "local_window_size")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("local_window_size", -1 if window is None else window)])
+
+
+def set_epsilon(graph: Graph, epsilon: float) -> None:
+    """Let every norm add this number to the variance."""
+    for node in graph.model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "epsilon":
+                attribute.f = epsilon
+
+
+def set_embedding_scale(graph: Graph, scale: float) -> None:
+    """Multiply the token embedding by exactly this number; the builder rounds it to two decimals."""
+    gather, _ = embedding_nodes(graph)
+    for node in graph.nodes("Mul"):
+        if node.input[0] == gather.output[0]:
+            node.input[1] = graph.add("embedding_scale", np.array(scale, np.float32))
+
+
 def split_rotary(graph: Graph, *, head_size: int) -> bool:
-    """Rotate queries and keys before `GroupQueryAttention`, where its own rotation does not take the head size.
+    """Rotate queries and keys before `GroupQueryAttention`, where its own rotation does not take the size.
 
     The joined q, k, v are split, q and k go through `RotaryEmbedding`, and the graph gets the input `position_ids`
     (int64 `[batch, sequence]`).
@@ -258,9 +251,8 @@ def split_rotary(graph: Graph, *, head_size: int) -> bool:
     Returns:
         Whether the graph was changed.
     """
-    if head_size % _ROTARY_HEAD == 0 or not any(
-        attributes(node)["do_rotary"] for node in graph.nodes("GroupQueryAttention")
-    ):
+    rotating = [node for node in graph.nodes("GroupQueryAttention") if attributes(node)["do_rotary"]]
+    if all(graph.initializers[node.input[7]].dims[1] % _ROTARY_PARTS == 0 for node in rotating):
         return False
 
     def edit(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -249,7 +249,7 @@ def test_a_file_holds_the_calibrated_lattice(stories, story_files, tmp_path):
 
 def test_a_file_of_onnx_runtime_holds_it_too(stories, stories_built, story_files, tmp_path):
     """Embedding and head share their bytes, columns need not fill a block; an independent reader finds the codes."""
-    from edgewright.export.onnx_reader import read_weights
+    from edgewright.export.genai_reader import read_weights
     from edgewright.export.to_genai import pack
 
     found = calibrate(load_source(stories), files=[story_files[0]], method="search")

@@ -14,9 +14,11 @@ import pytest
 
 from edgewright.errors import BadInput, GateFailed
 from edgewright.export import to_genai
+from edgewright.export.genai_families import checkpoint_names
+from edgewright.export.genai_reader import read_weights, widths
 from edgewright.export.lattice import LatticeTensor, detect_ternary, round_int
-from edgewright.export.onnx_graph import Graph, attributes, checkpoint_names
-from edgewright.export.onnx_reader import dequantize, quantizes_activations, weights_of, widths
+from edgewright.export.onnx_graph import Graph, attributes
+from edgewright.export.onnx_reader import dequantize, quantizes_activations
 from edgewright.export.source import EMBEDDING, HEAD, Source, load_source
 
 FP32_TOLERANCE = 1e-3
@@ -85,7 +87,7 @@ def ternary_folder(ternary: Source, ternary_built: Path, tmp_path_factory: pytes
 
 
 def test_ternary_weights_are_bit_exact(ternary: Source, ternary_folder: Path) -> None:
-    found = weights_of(ternary_folder)
+    found = dict(read_weights(ternary_folder, ternary))
     assert len(ternary.lattice) == 14
     assert {tensor.group for tensor in ternary.lattice.values()} == {None, 256}
     assert set(found) == set(ternary.names)
@@ -98,7 +100,7 @@ def test_codes_and_scales_are_the_lattice(ternary: Source, ternary_folder: Path)
     graph = Graph(onnx.load(ternary_folder / "model.onnx"))
     met = 0
     for node in graph.nodes("MatMulNBits"):
-        names = checkpoint_names(node.input[1].removesuffix("_Q2"), head=EMBEDDING)
+        names = checkpoint_names(node.input[1].removesuffix("_Q2"), ternary)
         assert names is not None
         packed, scales = graph.array(node.input[1]), graph.array(node.input[2])
         stored = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(len(packed), -1)
@@ -113,7 +115,7 @@ def test_codes_and_scales_are_the_lattice(ternary: Source, ternary_folder: Path)
 def test_ternary_takes_two_and_a_quarter_bits(ternary_folder: Path) -> None:
     graph = Graph(onnx.load(ternary_folder / "model.onnx"))
     nodes = list(graph.nodes("MatMulNBits"))
-    assert len(nodes) == 2 * 5  # q, k and v are one matrix
+    assert len(nodes) == 2 * 4  # q, k and v are one matrix, gate and up another
     for node in nodes:
         values = attributes(node)
         assert (values["bits"], values["block_size"], values["accuracy_level"]) == (2, 128, 4)
@@ -121,7 +123,7 @@ def test_ternary_takes_two_and_a_quarter_bits(ternary_folder: Path) -> None:
         assert size * 8 / (values["K"] * values["N"]) == 2.25  # type: ignore[operator]
 
 
-def test_a_changed_byte_is_seen_when_weights_of(ternary: Source, ternary_folder: Path, tmp_path: Path) -> None:
+def test_a_changed_byte_is_seen_when_read(ternary: Source, ternary_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(ternary_folder, broken)
     model = onnx.load(broken / "model.onnx", load_external_data=False)
@@ -131,7 +133,7 @@ def test_a_changed_byte_is_seen_when_weights_of(ternary: Source, ternary_folder:
     data[offset] ^= 0b10
     (broken / "model.onnx.data").write_bytes(data)
     name = "model.layers.0.mlp.down_proj.weight"
-    assert not np.array_equal(weights_of(broken)[name], ternary.lattice[name].dequantize())
+    assert not np.array_equal(dict(read_weights(broken, ternary))[name], ternary.lattice[name].dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -157,7 +159,7 @@ def test_fp32_is_the_model(name: str, request: pytest.FixtureRequest, tmp_path: 
     tokens = tokens_of(source)
     difference = np.abs(folder_logits(tmp_path / "out", tokens) - reference_logits(source.directory, tokens)).max()
     assert difference <= FP32_TOLERANCE
-    for tensor, value in weights_of(tmp_path / "out").items():
+    for tensor, value in read_weights(tmp_path / "out", source):
         np.testing.assert_array_equal(value, source.tensor(tensor), err_msg=tensor)
 
 
@@ -175,7 +177,7 @@ def test_ternary_weights_stay_exact_in_wider_widths(
     """Rounding {-s, 0, s} to 4 or 8 bits by the largest value would not give s back."""
     written = to_genai.pack(ternary_built, ternary, tmp_path / "out", quant=quant)
     assert written.fallbacks == [] and set(written.lattice.values()) == {"exact"}
-    found = weights_of(tmp_path / "out")
+    found = dict(read_weights(tmp_path / "out", ternary))
     for name, tensor in ternary.lattice.items():
         np.testing.assert_array_equal(found[name], tensor.dequantize(), err_msg=name)
     assert {values["bits"] for values in packed_nodes(tmp_path / "out")} == {int(quant[3:]), 8}
@@ -187,7 +189,7 @@ def test_awkward_shapes_in_all_widths(
 ) -> None:
     """Rows of 72 and 100 weights end in the middle of a block, heads of 24 are rotated outside of the attention."""
     written = to_genai.pack(awkward_built, awkward, tmp_path / "out", quant=quant)
-    found = weights_of(tmp_path / "out")
+    found = dict(read_weights(tmp_path / "out", awkward))
     assert set(found) == set(awkward.names)
     for name, tensor in awkward.lattice.items():
         np.testing.assert_array_equal(found[name], tensor.dequantize(), err_msg=name)
@@ -230,7 +232,7 @@ def test_a_tied_embedding_shares_the_bytes_of_the_head(
     reshape = next(node for node in graph.nodes("Reshape") if "embed" in node.name)
     head = next(node for node in graph.nodes("MatMulNBits") if node.output[0] == "logits")
     assert reshape.input[0] == head.input[1]
-    error = np.abs(weights_of(folder)[EMBEDDING] - table).max() / np.abs(table).max()
+    error = np.abs(dict(read_weights(folder, ternary))[EMBEDDING] - table).max() / np.abs(table).max()
     assert 0 < error <= 1 / (1 << (bits - 1))
     tokens = tokens_of(ternary)
     assert divergence(reference_logits(ternary.directory, tokens), folder_logits(folder, tokens)) <= 0.05
@@ -238,7 +240,7 @@ def test_a_tied_embedding_shares_the_bytes_of_the_head(
 
 def test_an_untied_embedding_is_packed_apart(awkward: Source, awkward_built: Path, tmp_path: Path) -> None:
     to_genai.pack(awkward_built, awkward, tmp_path / "out", quant="fp32", embedding_quant="int8")
-    found = weights_of(tmp_path / "out")
+    found = dict(read_weights(tmp_path / "out", awkward))
     for name in (EMBEDDING, HEAD):
         weight = awkward.tensor(name)
         expected = round_int(weight, bits=8, group=32 if weight.shape[1] == 72 else 128).dequantize()
@@ -361,7 +363,7 @@ def test_a_lattice_that_no_block_holds_falls_back(ternary: Source, ternary_built
     written = to_genai.pack(ternary_built, source, tmp_path / "out", quant="ternary")
     assert [(fallback.tensor, fallback.quant) for fallback in written.fallbacks] == [(name, "fp32")]
     assert "straddles" in written.fallbacks[0].reason
-    np.testing.assert_array_equal(weights_of(tmp_path / "out")[name], tensor.dequantize())
+    np.testing.assert_array_equal(dict(read_weights(tmp_path / "out", ternary))[name], tensor.dequantize())
 
 
 def test_the_builders_refusal_is_told(ternary_model: Path, tmp_path: Path) -> None:
