@@ -47,6 +47,8 @@ class Artifact:
     """What the gate measured; None when it was skipped."""
     candidates: list[dict[str, Any]] = field(default_factory=list)
     """What `--to best` tried, this artifact among them; empty for any other target."""
+    notes: list[str] = field(default_factory=list)
+    """What its user should know, as `Written.notes`."""
 
     def to_json(self) -> dict[str, object]:
         """The object that `export --json` prints."""
@@ -60,6 +62,7 @@ class Artifact:
             "gate": self.gate,
             "parity": self.parity,
             "candidates": self.candidates,
+            "notes": self.notes,
         }
 
 

@@ -219,6 +219,7 @@ class Made:
             gate=entry["gate"],
             parity=entry["parity"],
             candidates=entry.get("candidates", []),
+            notes=self.written.notes,
         )
 
 
@@ -303,7 +304,7 @@ def _target(to: str, quant: str | None, embedding_quant: str | None) -> Target:
     return target
 
 
-def _unknown(code: str, what: str, found: str, legal: Any) -> RecipeError:
+def _unknown(code: str, what: str, found: str | None, legal: Any) -> RecipeError:
     names = ", ".join(legal)
     return RecipeError(
         code, f"there is no {what} {found!r}", expected=f"one of: {names}", found=found, fix="choose one"
@@ -353,6 +354,7 @@ def _entry(place: Path, to: str, quant: str, written: Written, source: Source, p
         "sha256": hash_of(place),
         "made_from": {"name": source.name, "sha256": source.sha256},
         "fallbacks": [asdict(fallback) for fallback in written.fallbacks],
+        "notes": written.notes,
         "lattice": written.lattice,
         "digests": written.digests,
         "calibration": dict(source.calibration) or None,

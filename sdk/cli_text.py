@@ -88,6 +88,7 @@ def _export(result: dict[str, Any]) -> str:
     lines += [f"{item['tensor']} is stored as {item['quant']}: {item['reason']}" for item in result["fallbacks"]]
     if result["fallbacks"]:
         lines.append(f"{len(result['fallbacks'])} tensors are stored wider than asked")
+    lines += [f"note: {note}" for note in result["notes"]]
     if result["candidates"]:
         lines += ["", _candidates(result["candidates"])]
     return "\n".join(lines)

@@ -23,12 +23,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 FOLDER = json.loads((HERE / "pack.json").read_text(encoding="utf-8"))
 
 
-class LlamaCpp:
+class Runtime:
+    """A model with its cache."""
+
+    package: str
+
+    def __init__(self, path: Path, threads: int, room: int) -> None:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        raise NotImplementedError
+
+    def append(self, tokens: list) -> Any:
+        """Run tokens behind those in the cache; the logits after the last one, `[vocabulary]`."""
+        raise NotImplementedError
+
+
+class LlamaCpp(Runtime):
     """A GGUF file: keys and values in float32, no flash attention, as in `edgewright bench`."""
 
     package = "llama-cpp-python"
@@ -55,7 +73,7 @@ class LlamaCpp:
     def reset(self) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
 
-    def append(self, tokens: list) -> object:
+    def append(self, tokens: list) -> Any:
         for start in range(0, len(tokens), self.size):
             part = tokens[start : start + self.size]
             held = (ctypes.c_int32 * len(part))(*part)  # the batch only points to it
@@ -65,7 +83,7 @@ class LlamaCpp:
         return self.numpy.ctypeslib.as_array(last, shape=(self.vocabulary,)).copy()
 
 
-class Genai:
+class Genai(Runtime):
     """A folder of ONNX Runtime GenAI."""
 
     package = "onnxruntime-genai"
@@ -79,7 +97,7 @@ class Genai:
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = onnxruntime_genai.Model(config)
-        self.generator = None
+        self.generator: Any = None
 
     def reset(self) -> None:
         if self.generator is not None:
@@ -89,12 +107,12 @@ class Genai:
         settings.set_search_options(max_length=self.room, batch_size=1, num_beams=1, do_sample=False)
         self.generator = self.api.Generator(self.model, settings)
 
-    def append(self, tokens: list) -> object:
+    def append(self, tokens: list) -> Any:
         self.generator.append_tokens(self.numpy.asarray(tokens, self.numpy.int32))
         return self.numpy.asarray(self.generator.get_logits()[0][-1], self.numpy.float32)
 
 
-class Onnx:
+class Onnx(Runtime):
     """A folder with `model.onnx`: a decoder with past and present keys and values."""
 
     package = "onnxruntime"
@@ -122,7 +140,7 @@ class Onnx:
             if name.startswith("past_key_values.")
         }
 
-    def append(self, tokens: list) -> object:
+    def append(self, tokens: list) -> Any:
         numpy, end = self.numpy, self.length + len(tokens)
         feeds = {
             "input_ids": numpy.array([tokens], numpy.int64),
@@ -136,7 +154,7 @@ class Onnx:
         return numpy.asarray(found["logits"][0, -1], numpy.float32)
 
 
-class OpenVino:
+class OpenVino(Runtime):
     """A folder with `openvino_model.xml`: a stateful decoder."""
 
     package = "openvino"
@@ -156,7 +174,7 @@ class OpenVino:
         self.request.reset_state()
         self.length = 0
 
-    def append(self, tokens: list) -> object:
+    def append(self, tokens: list) -> Any:
         numpy, end = self.numpy, self.length + len(tokens)
         feeds = {
             "input_ids": numpy.array([tokens], numpy.int64),
@@ -169,7 +187,7 @@ class OpenVino:
         return numpy.array(self.request.get_tensor("logits").data[0, -1], numpy.float32)
 
 
-RUNTIMES = {"llamacpp": LlamaCpp, "genai": Genai, "onnx": Onnx, "openvino": OpenVino}
+RUNTIMES: dict[str, type[Runtime]] = {"llamacpp": LlamaCpp, "genai": Genai, "onnx": Onnx, "openvino": OpenVino}
 
 
 def measure(entry: dict, threads: int) -> None:
@@ -286,12 +304,15 @@ def main() -> None:
     ]
 
     def ask(index: int, request: str) -> dict:
-        workers[index].stdin.write(request)
-        workers[index].stdin.flush()
-        line = workers[index].stdout.readline()
+        requests, replies = workers[index].stdin, workers[index].stdout
+        assert requests is not None and replies is not None
+        requests.write(request)
+        requests.flush()
+        line = replies.readline()
         if not line:
             raise SystemExit(f"{FOLDER['artifacts'][index]['path']}: its process ended (see above)")
-        return json.loads(line)
+        found: dict = json.loads(line)
+        return found
 
     opened = [ask(index, "") for index in range(len(workers))]
     rounds: list = [[] for _ in workers]
@@ -301,8 +322,7 @@ def main() -> None:
             if turn:
                 rounds[index].append(found)
     for worker in workers:
-        worker.stdin.close()
-        worker.wait()
+        worker.communicate()  # the end of its requests ends it
     about = machine(given.threads)
     result = {
         "schema_version": 1,
