@@ -20,7 +20,7 @@ import numpy as np
 from edgewright.errors import BadInput
 from edgewright.export.artifact import Written, sync
 from edgewright.export.genai_builder import build, check_installed
-from edgewright.export.genai_families import builders_family, checkpoint_names
+from edgewright.export.genai_families import builders_family, check_positions, checkpoint_names
 from edgewright.export.genai_traced import write_traced
 from edgewright.export.gguf_architecture import windows
 from edgewright.export.onnx_packing import Packed, Packer, broken_graph
@@ -52,11 +52,12 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
             `onnx_packing.EMBEDDING_DEFAULT`, or the lattice of a head that was trained on one.
 
     Raises:
-        BadInput: EW-603 without onnxruntime-genai; EW-520, its builder refuses the model; EW-522, EW-523 and EW-546,
-            the target cannot hold it.
+        BadInput: EW-603 without onnxruntime-genai; EW-520, its builder refuses the model; EW-522, EW-523, EW-546
+            and EW-547, the target cannot hold it.
         GateFailed: EW-521 when a weight of the checkpoint is not in the graph as it should be.
     """
     check_installed()
+    check_positions(source)
     if builders_family(source) is None:
         return write_traced(source, directory, quant=quant, embedding_quant=embedding_quant)
     with tempfile.TemporaryDirectory(prefix="edgewright-genai-") as scratch:

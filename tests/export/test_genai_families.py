@@ -1,0 +1,123 @@
+"""GenAI folders of every family: the graph that its row of the table says, certified, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+from families import FAMILIES, WINDOW, save_family
+
+import edgewright
+from edgewright.errors import BadInput
+from edgewright.export import genai_traced
+from edgewright.export.genai_families import builders_family
+from edgewright.export.genai_reader import read_weights
+from edgewright.export.onnx_graph import attributes
+from edgewright.export.source import load_source
+
+pytest.importorskip("onnxruntime_genai")
+
+Models = Callable[[str], Path]
+
+BUILT = ("llama", "llama-llama3", "mistral", "mistral-window", "qwen2", "qwen3", "gemma", "gemma2", "phi")
+TRACED = ("gpt2", "opt", "gemma3", "smollm3", "phi3", "phi3-window", "llama-linear", "llama-yarn")
+REFUSED = {"phi3-longrope": "EW-547"}
+FAST = ("phi", "gpt2")
+"""A family of each kind, the builder's being the one of which most must be mended."""
+
+
+def nodes(folder: Path, kind: str) -> list[dict[str, object]]:
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    return [attributes(node) for node in model.graph.node if node.op_type == kind]
+
+
+def test_every_family_has_its_place(tiny_model: Models) -> None:
+    assert {*BUILT, *TRACED, *REFUSED} == set(FAMILIES)
+    for family in FAMILIES:
+        assert (builders_family(load_source(tiny_model(family))) is not None) == (family in BUILT), family
+
+
+@pytest.mark.parametrize(
+    "family",
+    [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in (*BUILT, *TRACED) if name not in FAST)],
+)
+def test_every_family_is_certified(family: str, tiny_model: Models, tmp_path: Path) -> None:
+    """In fp32 to 1e-4, nothing lost; and in a width of few bits, which the model's own width does not hide: smollm3's
+    four random layers lose more in 4 bits than the gate allows."""
+    model, narrow = tiny_model(family), "int8" if family == "smollm3" else "int4"
+    for quant in ("fp32", narrow):
+        made = edgewright.export(model, to="genai", out=tmp_path / quant, quant=quant, threads=1)
+        assert made.gate == "passed" and not made.fallbacks
+        assert bool(nodes(made.path, "GroupQueryAttention")) == (family in BUILT)
+        if quant == "fp32":
+            assert made.parity is not None and made.parity["max_abs_diff"] < 1e-4
+    source = load_source(model)
+    assert set(source.names) <= {name for name, _ in read_weights(tmp_path / narrow, source)}, "biases and norms too"
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_certified_is_refused_by_name(family: str, tiny_model: Models, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=rf"\[{REFUSED[family]}\]"):
+        edgewright.export(tiny_model(family), to="genai", out=tmp_path / "out", quant="int4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_is_in_the_graph_and_the_cache_whole(tiny_model: Models, tmp_path: Path) -> None:
+    """The builder drops it where all layers have one; the gate's texts are longer than it."""
+    made = edgewright.export(tiny_model("mistral-window"), to="genai", out=tmp_path / "out", quant="fp32", threads=1)
+    assert [layer["local_window_size"] for layer in nodes(made.path, "GroupQueryAttention")] == [WINDOW, WINDOW]
+    assert "sliding_window" not in json.loads((made.path / "genai_config.json").read_text())["model"]["decoder"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma", {"hidden_size": 72}),  # sqrt(72) has more than two decimals
+        ("phi3", {"original_max_position_embeddings": 128}),  # not stretched: the builder's graph, gate and up joined
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}}),
+    ],
+)
+def test_what_the_table_says_of_variants(family: str, changes: dict[str, object], tmp_path: Path) -> None:
+    model = save_family(family, tmp_path / "model", changes)
+    made = edgewright.export(model, to="genai", out=tmp_path / "out", quant="fp32", threads=1)
+    assert made.parity is not None and made.parity["max_abs_diff"] < 1e-4
+    assert nodes(made.path, "GroupQueryAttention")
+
+
+def test_a_traced_folder_says_what_the_runtime_must_know(tiny_model: Models, tmp_path: Path) -> None:
+    source = load_source(tiny_model("gpt2"))
+    genai_traced.write_traced(source, tmp_path / "out", quant="int8", embedding_quant=None)
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    model, decoder = config["model"], config["model"]["decoder"]
+    assert (model["context_length"], model["vocab_size"]) == (128, source.config["vocab_size"])
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (1, 0, 0)
+    assert decoder["inputs"]["position_ids"] == "position_ids"
+    assert (decoder["num_key_value_heads"], decoder["head_size"], decoder["num_hidden_layers"]) == (4, 16, 2)
+    assert config["search"]["past_present_share_buffer"] is False
+
+
+def test_a_traced_folder_opens_in_the_runtime_as_it_is(tiny_model: Models, tmp_path: Path) -> None:
+    """Through the vendor's package alone: its tokenizer, its loop."""
+    import onnxruntime_genai as og
+
+    source = load_source(tiny_model("gpt2"))
+    genai_traced.write_traced(source, tmp_path / "out", quant="fp32", embedding_quant=None)
+    model = og.Model(str(tmp_path / "out"))
+    tokens = og.Tokenizer(model).encode("def add(a, b):")
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(tokens) + 12)
+    generator = og.Generator(model, params)
+    generator.append_tokens(tokens)
+    while not generator.is_done():
+        generator.generate_next_token()
+    with edgewright.open_session(tmp_path / "out", threads=1) as session:
+        assert not session.capabilities.left_padding and session.capabilities.rewind
+        prompt = [int(token) for token in tokens]
+        assert session.tokenize("def add(a, b):") == prompt
+        found = session.native_generate(prompt, 12, stop_at_eos=False)
+    generated = [int(token) for token in generator.get_sequence(0)][len(prompt) :]
+    assert generated == found[: len(generated)] and len(generated) >= 1
