@@ -14,6 +14,7 @@ import pytest
 
 from edgewright.errors import BadInput, GateFailed
 from edgewright.export import to_genai
+from edgewright.export.artifact import digest
 from edgewright.export.genai_families import checkpoint_names
 from edgewright.export.genai_reader import read_weights, widths
 from edgewright.export.lattice import LatticeTensor, detect_ternary, round_int
@@ -209,6 +210,21 @@ def test_what_is_not_ternary_is_counted(awkward: Source, awkward_built: Path, tm
     reason = next(f.reason for f in written.fallbacks if f.tensor == fused[0])
     assert "layers.1.self_attn.v_proj.weight is not ternary" in reason
     assert written.lattice == dict.fromkeys(awkward.lattice, "exact")
+
+
+@pytest.mark.parametrize("quant", ["fp32", "ternary"])
+def test_a_lattice_finer_than_the_files_is_what_counts(
+    quant: str, ternary: Source, ternary_built: Path, tmp_path: Path
+) -> None:
+    """As of a bf16 checkpoint with its sidecar: the builder reads the rounded files, the folder has the lattice."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    finer = replace(ternary.lattice[name], scales=ternary.lattice[name].scales * np.float32(1.001))
+    source = replace(ternary, lattice=ternary.lattice | {name: finer}, restored=frozenset({name}))
+    written = to_genai.pack(ternary_built, source, tmp_path / "out", quant=quant)
+    assert written.lattice[name] == "exact" and not written.fallbacks
+    found = dict(read_weights(tmp_path / "out", source))
+    np.testing.assert_array_equal(found[name], finer.dequantize())
+    assert written.digests[name] == digest(found[name])
 
 
 def linear_modules() -> list[str]:
