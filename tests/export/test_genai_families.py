@@ -88,6 +88,15 @@ def test_what_the_table_says_of_variants(family: str, changes: dict[str, object]
     assert nodes(made.path, "GroupQueryAttention")
 
 
+def test_caches_of_several_shapes_are_refused(tiny_model: Models, tmp_path: Path) -> None:
+    sizes = {"past_key_values.0.key": 16, "past_key_values.0.value": 32}
+    inputs = [onnx.helper.make_tensor_value_info(name, 1, ["b", 4, "p", size]) for name, size in sizes.items()]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", inputs, [])), tmp_path / "model.onnx")
+    with pytest.raises(BadInput, match=r"\[EW-546\]") as caught:
+        genai_traced._model(load_source(tiny_model("gpt2")), tmp_path)
+    assert caught.value.found == "4 heads of 16, 4 heads of 32"
+
+
 def test_a_traced_folder_says_what_the_runtime_must_know(tiny_model: Models, tmp_path: Path) -> None:
     source = load_source(tiny_model("gpt2"))
     genai_traced.write_traced(source, tmp_path / "out", quant="int8", embedding_quant=None)
