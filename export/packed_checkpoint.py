@@ -12,7 +12,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.lattice import LatticeTensor
-from edgewright.export.layout_transformers import BitNet, Int8, Nf4
+from edgewright.export.layout.transformers import BitNet, Int8, Nf4
 
 Tensors = Mapping[str, Any]
 """The torch tensors that belong to one packed weight, by what their names add to the weight's or its layer's."""
@@ -110,15 +110,14 @@ def _kind(settings: Settings) -> str:
 
 
 def _bitnet(tensors: Tensors, shape: tuple[int, int], settings: Settings) -> LatticeTensor:
-    """bitlinear divides by `weight_scale`, autobitlinear multiplies; its codes may also be plain numbers."""
+    """bitlinear divides by `weight_scale`; autobitlinear multiplies, and its codes may also be plain numbers."""
     weight, scale = tensors["weight"], tensors["weight_scale"].float().numpy()
     layout = BitNet(inverse=settings.get("linear_class", "bitlinear") == "bitlinear")
     if weight.dtype.itemsize == 1:
         return layout.unpack(weight.numpy(), scale)
     codes = weight.float().numpy()
-    scale = np.float32(1) / scale if layout.inverse else scale
-    if not np.isin(codes, (-1, 0, 1)).all():
-        raise ValueError("a code that is none of -1, 0, 1")
+    if layout.inverse or not np.isin(codes, (-1, 0, 1)).all():
+        raise ValueError("codes that are neither packed nor -1, 0, 1")
     return LatticeTensor(codes=codes.astype(np.int8), scales=scale.reshape(1, 1), group=None, bits=2, levels="ternary")
 
 
