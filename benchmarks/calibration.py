@@ -25,8 +25,8 @@ from common import ROOT, header
 from edgewright.data import StdlibData, TrainTokenizer, iterate_documents
 from edgewright.evaluate import evaluate_session, windows
 from edgewright.export.artifact import size_of
-from edgewright.export.calibrate import calibrate
-from edgewright.export.calibrated import COLUMNS
+from edgewright.export.calibration.calibrate import calibrate
+from edgewright.export.calibration.calibrated import COLUMNS
 from edgewright.export.runtimes.opening import open_session
 from edgewright.export.runtimes.session import Session
 from edgewright.export.source import Source, load_source

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from common import header, median_line
+from models import mid
 
 from edgewright.machine import peak_memory
 
@@ -38,51 +39,6 @@ BARS = {F16: 3.9, Q4_0: 1.6}
 ROOFLINE_BAR, MEMORY_BAR = 0.80, 0.25
 
 # ---------------------------------------------------------------- model and files
-
-
-def make_model(directory: Path) -> None:
-    """Hidden 1024, 12 layers, intermediate 2816, 16 / 4 heads, vocabulary 32000; one scale a matrix, exact in fp16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(config)
-    for name, weight in model.state_dict().items():
-        if "_proj" in name:
-            scale = weight.abs().mean().to(torch.bfloat16).to(torch.float16).float()
-            weight.copy_((weight / scale).round().clip(-1, 1) * scale)
-    model.save_pretrained(directory)
-    save_tokenizer(directory, config.vocab_size)
-
-
-def save_tokenizer(directory: Path, size: int) -> None:
-    """A byte-level BPE tokenizer, filled up with tokens that no text has."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["def add(a, b):\n    return a + b\n" * 20], trainer)
-    content = json.loads(tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    vocabulary |= {f"<filler {token}>": token for token in range(len(vocabulary), size)}
-    (directory / "tokenizer.json").write_text(json.dumps(content))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def export_all(model: Path, directory: Path) -> dict[str, Path]:
@@ -223,20 +179,23 @@ def ask(worker: subprocess.Popen[str]) -> dict[str, float]:
     return reply
 
 
-def report(found: dict[str, dict[str, list[float]]], bytes_read: int) -> None:
+def report(found: dict[str, dict[str, list[float]]], bytes_read: int) -> int:
+    """Print all; 1 when a bar was missed."""
     for name, figures in found.items():
         unit = "GB/s" if name == BANDWIDTH else "tokens/s"
         peak = f"   peak {statistics.median(figures['peak']):.0f} MB" if name != BANDWIDTH else ""
         print(f"  {name:30s} {median_line(figures['rate'], unit, 1)}{peak}")
-    ours = found[TERNARY]
+    ours, reached = found[TERNARY], []
     for peer, bar in BARS.items():
         other = max((found[peer], found[peer + DEFAULTS]), key=lambda figures: statistics.median(figures["rate"]))
-        verdict(f"speed against {peer}", paired(ours["rate"], other["rate"]), bar)
+        reached.append(verdict(f"speed against {peer}", paired(ours["rate"], other["rate"]), bar))
     reads = [rate * bytes_read / 1e9 for rate in ours["rate"]]
     share = paired(reads, found[BANDWIDTH]["rate"])
-    verdict(f"share of the roofline ({bytes_read / 1e6:.1f} MB a token)", share, ROOFLINE_BAR)
+    reached.append(verdict(f"share of the roofline ({bytes_read / 1e6:.1f} MB a token)", share, ROOFLINE_BAR))
     least = min((found[F16], found[F16 + DEFAULTS]), key=lambda figures: statistics.median(figures["peak"]))
-    verdict("peak memory against llama.cpp F16", paired(ours["peak"], least["peak"]), MEMORY_BAR, at_most=True)
+    memory = paired(ours["peak"], least["peak"])
+    reached.append(verdict("peak memory against llama.cpp F16", memory, MEMORY_BAR, at_most=True))
+    return 0 if all(reached) else 1
 
 
 def paired(ours: list[float], theirs: list[float]) -> float:
@@ -244,13 +203,15 @@ def paired(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
 
 
-def verdict(what: str, value: float, bar: float, *, at_most: bool = False) -> None:
+def verdict(what: str, value: float, bar: float, *, at_most: bool = False) -> bool:
+    """Print a value beside its bar; whether that was reached."""
     reached = value <= bar if at_most else value >= bar
     word = "at most" if at_most else "at least"
     print(f"  {what}: {value:.2f}   bar: {word} {bar:.2f}   {'reached' if reached else 'NOT reached'}")
+    return reached
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=5)
@@ -261,17 +222,17 @@ def main() -> None:
     if given.serve:
         name, path = given.serve
         serve(name, path, given.tokens, given.threads)
-        return
+        return 0
     header()
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
-        make_model(model)
+        mid(model, ternary=True)
         paths = export_all(model, Path(scratch))
         bytes_read = bytes_a_token(paths[TERNARY])
         paths |= {name + DEFAULTS: paths[name] for name in (F16, Q4_0)} | {BANDWIDTH: Path()}
         sizes = {"starts": given.starts, "rounds": given.rounds, "tokens": given.tokens, "threads": given.threads}
-        report(measure(paths, **sizes), bytes_read)
+        return report(measure(paths, **sizes), bytes_read)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

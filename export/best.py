@@ -17,9 +17,9 @@ from typing import Literal
 
 from edgewright.errors import EdgewrightError, GateFailed
 from edgewright.export.artifact import Artifact
-from edgewright.export.calibrated import Calibrations
+from edgewright.export.calibration.calibrated import Calibrations
+from edgewright.export.gate.reference import Reference
 from edgewright.export.parity import reference_of
-from edgewright.export.reference import Reference
 from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
 from edgewright.export.source import Source
 from edgewright.export.targets import TARGETS, Made, Target, final_path, folder, install, make

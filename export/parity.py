@@ -1,8 +1,8 @@
 """The gate: an exported file is the model it was made from, or it is refused.
 
 Two guards, each of which refuses alone. Does the file hold the checkpoint's weights, bit for bit, when an independent
-reader takes it apart (`identity.py`)? And does its own runtime compute what the checkpoint computes, in prefill and in
-cached decoding (`reference.py`, `compare.py`), within the limits of its widths (`limits.py`)?
+reader takes it apart (`gate/identity.py`)? And does its own runtime compute what the checkpoint computes, in prefill
+and in cached decoding (`gate/reference.py`, `gate/compare.py`), within the limits of its widths (`gate/limits.py`)?
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgewright.export.artifact import SCHEMA_VERSION
-from edgewright.export.claims import read_claims
-from edgewright.export.compare import Comparison, compare
-from edgewright.export.identity import differences
-from edgewright.export.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, Limit, limit_for
-from edgewright.export.reference import Reading, Reference, read_again, read_reference
+from edgewright.export.gate.claims import read_claims
+from edgewright.export.gate.compare import Comparison, compare
+from edgewright.export.gate.identity import differences
+from edgewright.export.gate.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, Limit, limit_for
+from edgewright.export.gate.reference import Reading, Reference, read_again, read_reference
 from edgewright.export.runtimes.opening import TARGET_OF, open_session, runtime_of
 from edgewright.export.runtimes.session import Session
 from edgewright.export.source import Source, load_source
 
 if TYPE_CHECKING:
+    from edgewright.export.gate.weights_only import WeightsOnly
     from edgewright.export.runtimes.torch_session import TorchSession
-    from edgewright.export.weights_only import WeightsOnly
 
 FULL_CONTEXT_WORK = 5e10
 """Tokens times parameters that reading a context to its end may cost: 256 tokens of a model of 200 million."""
@@ -144,8 +144,8 @@ def judge(
         reference: what the checkpoint says, if it was read before (`reference_of`).
         objections: what else speaks against the file.
     """
+    from edgewright.export.gate.weights_only import WeightsOnly
     from edgewright.export.runtimes.torch_session import TorchSession
-    from edgewright.export.weights_only import WeightsOnly
 
     with TorchSession(
         source.directory, threads=threads, source=source

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgewright.export.lattice import LatticeTensor, grouped
-from edgewright.export.layout_transformers import NF4, Nf4
+from edgewright.export.layout.transformers import NF4, Nf4
 
 
 def round_q4_1(weight: np.ndarray) -> LatticeTensor:

@@ -18,8 +18,8 @@ from edgewright.files import disk_errors
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgewright.export.gate.reference import Reference
     from edgewright.export.parity import Parity
-    from edgewright.export.reference import Reference
     from edgewright.export.source import Source
 
 
@@ -49,7 +49,7 @@ TARGETS = {
     ),
     "gguf": Target(
         module="edgewright.export.to_gguf",
-        reader="edgewright.export.gguf_reader",
+        reader="edgewright.export.gguf.reader",
         quants=(
             "f32",
             "f16",
@@ -76,21 +76,21 @@ TARGETS = {
     ),
     "onnx": Target(
         module="edgewright.export.to_onnx",
-        reader="edgewright.export.onnx_plain_reader",
+        reader="edgewright.export.onnx.plain_reader",
         quants=("fp32", "fp16", "bf16", "int8", "int4", "ternary"),
         embedding_quants=("fp32", "fp16", "bf16", "int8", "int4", "ternary"),
         suffix=None,
     ),
     "genai": Target(
         module="edgewright.export.to_genai",
-        reader="edgewright.export.genai_reader",
+        reader="edgewright.export.genai.reader",
         quants=("fp32", "int8", "int4", "ternary"),
         embedding_quants=("fp32", "int8", "int4"),
         suffix=None,
     ),
     "openvino": Target(
         module="edgewright.export.to_openvino",
-        reader="edgewright.export.openvino_reader",
+        reader="edgewright.export.openvino.reader",
         quants=("fp32", "fp16", "int8", "int4", "ternary"),
         embedding_quants=("fp32", "fp16", "int8", "int4"),
         suffix=None,
@@ -146,7 +146,7 @@ def export(
             Nothing was left behind.
         OutOfResources: EW-401, the disk is full.
     """
-    from edgewright.export.calibrated import Calibrations, calibrated_source
+    from edgewright.export.calibration.calibrated import Calibrations, calibrated_source
     from edgewright.export.source import load_source
 
     if to == BEST:

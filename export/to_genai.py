@@ -19,16 +19,16 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.artifact import Written, sync
-from edgewright.export.genai_builder import build, check_installed
-from edgewright.export.genai_families import builders_family, check_positions, checkpoint_names
-from edgewright.export.genai_traced import write_traced
-from edgewright.export.gguf_architecture import windows
-from edgewright.export.onnx_packing import Packed, Packer, broken_graph
+from edgewright.export.genai.builder import build, check_installed
+from edgewright.export.genai.families import builders_family, check_positions, checkpoint_names
+from edgewright.export.genai.traced import write_traced
+from edgewright.export.gguf.architecture import windows
+from edgewright.export.onnx.packing import Packed, Packer, broken_graph
 from edgewright.export.source import Source
 from edgewright.export.to_onnx import write_tokenizer
 
 if TYPE_CHECKING:
-    from edgewright.export.onnx_graph import Graph
+    from edgewright.export.onnx.graph import Graph
 
 QUANTS = ("fp32", "int8", "int4", "ternary")
 """The widths of linear weights."""
@@ -70,7 +70,7 @@ def pack(built: Path, source: Source, directory: Path, *, quant: str, embedding_
     """Make the final folder of an fp32 folder that `build` wrote. Arguments as in `write`."""
     import onnx
 
-    from edgewright.export.onnx_graph import Graph, join_gate_up
+    from edgewright.export.onnx.graph import Graph, join_gate_up
 
     config = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
     graph = Graph(onnx.load(built / "model.onnx"))
@@ -104,7 +104,7 @@ def _mend(graph: Graph, source: Source, decoder: dict[str, Any]) -> None:
         source: the checkpoint.
         decoder: that section of genai_config.json.
     """
-    from edgewright.export.onnx_graph import (
+    from edgewright.export.onnx.graph import (
         join_gate_up,
         set_embedding_scale,
         set_epsilon,
@@ -130,7 +130,7 @@ def _mend(graph: Graph, source: Source, decoder: dict[str, Any]) -> None:
 
 def _lay_out(graph: Graph, source: Source, packer: Packer) -> None:
     """Store every matrix as the packer says, after comparing it with the checkpoint."""
-    from edgewright.export.onnx_graph import embedding_nodes, set_packed_embedding, set_packed_linear
+    from edgewright.export.onnx.graph import embedding_nodes, set_packed_embedding, set_packed_linear
 
     gather, transpose = embedding_nodes(graph)
     table: Packed | None = None

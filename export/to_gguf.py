@@ -19,9 +19,9 @@ import gguf
 import numpy as np
 
 from edgewright.errors import BadInput
-from edgewright.export import gguf_ggml
 from edgewright.export.artifact import Fallback, Written, digest
-from edgewright.export.gguf_architecture import (
+from edgewright.export.gguf import ggml as gguf_ggml
+from edgewright.export.gguf.architecture import (
     Family,
     Setting,
     family_of,
@@ -30,9 +30,9 @@ from edgewright.export.gguf_architecture import (
     inner_size,
     refuse,
 )
-from edgewright.export.gguf_rope import rope_constants, rope_settings
-from edgewright.export.gguf_vocabulary import read_vocabulary
-from edgewright.export.gguf_widths import (
+from edgewright.export.gguf.rope import rope_constants, rope_settings
+from edgewright.export.gguf.vocabulary import read_vocabulary
+from edgewright.export.gguf.widths import (
     BLOCKS,
     SEARCHED,
     WIDTHS,

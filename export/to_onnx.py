@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgewright.export.artifact import Written, sync
-from edgewright.export.decoder_graph import build
 from edgewright.export.guard import read_json
-from edgewright.export.onnx_files import save_graph
-from edgewright.export.onnx_fusions import CONTRIB, fuse, replace, unflatten
-from edgewright.export.onnx_packing import HALF, Packed, Packer, half
+from edgewright.export.onnx.decoder_graph import build
+from edgewright.export.onnx.files import save_graph
+from edgewright.export.onnx.fusions import CONTRIB, fuse, replace, unflatten
+from edgewright.export.onnx.packing import HALF, Packed, Packer, half
 from edgewright.export.source import Source, special_ids
 
 if TYPE_CHECKING:

@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 
 from edgewright.errors import BadInput, GateFailed
-from edgewright.export import openvino_graph
 from edgewright.export.artifact import Fallback, Written, digest, sync
-from edgewright.export.decoder_graph import trace
 from edgewright.export.lattice import LatticeTensor, round_int, round_q4_0
-from edgewright.export.layout_openvino import OpenVinoWeight
-from edgewright.export.openvino_package import load
+from edgewright.export.layout.openvino import OpenVinoWeight
+from edgewright.export.onnx.decoder_graph import trace
+from edgewright.export.openvino import graph as openvino_graph
+from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import CONTEXT_LENGTH
 from edgewright.export.source import Source
 

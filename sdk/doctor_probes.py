@@ -119,7 +119,7 @@ def _llamacpp() -> str:
 def _openvino() -> str:
     import numpy as np
 
-    from edgewright.export.openvino_package import load
+    from edgewright.export.openvino.package import load
 
     ov = load()
     for package in ("openvino_genai", "openvino_tokenizers"):

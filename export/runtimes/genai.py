@@ -70,7 +70,7 @@ class GenaiSession(Session):
     @cached_property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
         # On demand: the package onnx takes as much memory as a small model, and who measures that does not ask.
-        from edgewright.export.onnx_reader import quantizes_activations
+        from edgewright.export.onnx.reader import quantizes_activations
 
         return Capabilities(logits=True, rewind=True, fp32_compute=not quantizes_activations(self.path))
 

@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 
 from edgewright.errors import BadInput
-from edgewright.export.gguf_file import GgufFile, open_gguf
+from edgewright.export.gguf.file import GgufFile, open_gguf
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.machine import available_cores
 

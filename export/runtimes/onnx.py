@@ -55,7 +55,7 @@ class OnnxSession(Session):
     @cached_property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
         # On demand: the package onnx takes as much memory as a small model, and who measures that does not ask.
-        from edgewright.export.onnx_reader import quantizes_activations
+        from edgewright.export.onnx.reader import quantizes_activations
 
         exact = not quantizes_activations(self.path)
         return Capabilities(logits=True, rewind=True, fp32_compute=exact, left_padding=True)

@@ -19,8 +19,8 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
-from edgewright.export.guard_openvino import check_openvino_folder
-from edgewright.export.openvino_package import load
+from edgewright.export.guard.openvino import check_openvino_folder
+from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.export.source import special_ids
 from edgewright.export.tokenizer_files import open_tokenizer

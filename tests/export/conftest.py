@@ -146,7 +146,7 @@ def write_openvino(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Wr
     """`to_openvino.write` that traces each model once: the graph does not depend on the width."""
     pytest.importorskip("openvino_genai")
     from edgewright.export import to_openvino
-    from edgewright.export.decoder_graph import trace
+    from edgewright.export.onnx.decoder_graph import trace
 
     traced: dict[str, Path] = {}
 

@@ -6,7 +6,7 @@ import json
 import struct
 from pathlib import Path
 
-from edgewright.export import guard_safetensors
+from edgewright.export.guard import safetensors as guard_safetensors
 
 F32, F16, Q8_0, TQ2_0, I8, I64 = 0, 1, 8, 35, 24, 27
 

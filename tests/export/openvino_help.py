@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgewright.export import openvino_reader
 from edgewright.export.artifact import Written, digest
-from edgewright.export.openvino_package import load
+from edgewright.export.openvino import reader as openvino_reader
+from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import OpenVinoSession
 from edgewright.export.runtimes.torch_session import TorchSession
 from edgewright.export.source import Source

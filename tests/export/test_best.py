@@ -12,7 +12,7 @@ import edgewright
 from edgewright.errors import EdgewrightError
 from edgewright.export import best as module
 from edgewright.export.best import Candidate, combinations, estimated_bytes
-from edgewright.export.calibrated import Calibrations
+from edgewright.export.calibration.calibrated import Calibrations
 from edgewright.export.source import load_source
 from edgewright.export.targets import TARGETS
 
@@ -139,7 +139,7 @@ def test_calibration_serves_every_width_that_can_hold_it(stories):
 
     given = {"files": ["text"], "method": "gptq", "threads": 1, "say": print}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgewright.export.calibrate.calibrate", calibrate)
+        patch.setattr("edgewright.export.calibration.calibrate.calibrate", calibrate)
         made = Calibrations(source, **given)
         assert made.of("gguf", "f16", "f16") is source
         first = made.of("genai", "int4", "int4")

@@ -15,9 +15,8 @@ from families import FAMILIES
 import edgewright
 from edgewright.errors import BadInput, RecipeError
 from edgewright.export.artifact import read_entry
-from edgewright.export.calibrate import calibrate
-from edgewright.export.calibration_text import read_text
-from edgewright.export.decoder_blocks import (
+from edgewright.export.calibration.calibrate import calibrate
+from edgewright.export.calibration.decoder_blocks import (
     block_arguments,
     find_blocks,
     first_hidden,
@@ -26,8 +25,9 @@ from edgewright.export.decoder_blocks import (
     set_matrix,
     weight_layers,
 )
+from edgewright.export.calibration.sensitivity import Unit, choose, divergence, log_probabilities
+from edgewright.export.calibration.text import read_text
 from edgewright.export.lattice import round_q4_0
-from edgewright.export.sensitivity import Unit, choose, divergence, log_probabilities
 from edgewright.export.source import Source, load_source
 from edgewright.student import load_model
 
@@ -249,7 +249,7 @@ def test_a_file_holds_the_calibrated_lattice(stories, story_files, tmp_path):
 
 def test_a_file_of_onnx_runtime_holds_it_too(stories, stories_built, story_files, tmp_path):
     """Embedding and head share their bytes, columns need not fill a block; an independent reader finds the codes."""
-    from edgewright.export.genai_reader import read_weights
+    from edgewright.export.genai.reader import read_weights
     from edgewright.export.to_genai import pack
 
     found = calibrate(load_source(stories), files=[story_files[0]], method="search")

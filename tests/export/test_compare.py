@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from edgewright.errors import BadInput
-from edgewright.export.compare import Comparison, compare
-from edgewright.export.limits import LIMITS, limit_for
+from edgewright.export.gate.compare import Comparison, compare
+from edgewright.export.gate.limits import LIMITS, limit_for
+from edgewright.export.gate.reference import FULL, Reference, read_reference
 from edgewright.export.parity import _reasons
-from edgewright.export.reference import FULL, Reference, read_reference
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.export.targets import TARGETS
 

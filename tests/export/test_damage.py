@@ -15,9 +15,9 @@ from damage import IMMATERIAL, OPENED, QUANT, WEIGHTS, damaged, shift_vocabulary
 import edgewright
 from edgewright.errors import BadInput, EdgewrightError
 from edgewright.export.artifact import Written
-from edgewright.export.identity import differences
+from edgewright.export.gate.identity import differences
+from edgewright.export.gate.reference import Reference
 from edgewright.export.parity import Parity, judge, reference_of
-from edgewright.export.reference import Reference
 from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
 from edgewright.export.source import Source, load_source
 from edgewright.export.targets import TARGETS

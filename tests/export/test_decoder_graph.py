@@ -11,7 +11,7 @@ import pytest
 from families import FAMILIES, save_family
 
 from edgewright.errors import BadInput, GateFailed
-from edgewright.export.decoder_graph import OPSET, trace
+from edgewright.export.onnx.decoder_graph import OPSET, trace
 from edgewright.export.source import Source, load_source
 
 LENGTH, PADDED = 60, 7

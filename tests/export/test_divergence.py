@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgewright.export.divergence import BLOCK, interval, kl, regret, surprise
+from edgewright.export.gate.divergence import BLOCK, interval, kl, regret, surprise
 
 
 @pytest.fixture

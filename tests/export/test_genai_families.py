@@ -12,10 +12,10 @@ from families import FAMILIES, WINDOW, save_family
 
 import edgewright
 from edgewright.errors import BadInput
-from edgewright.export import genai_traced
-from edgewright.export.genai_families import builders_family
-from edgewright.export.genai_reader import read_weights
-from edgewright.export.onnx_graph import attributes
+from edgewright.export.genai import traced as genai_traced
+from edgewright.export.genai.families import builders_family
+from edgewright.export.genai.reader import read_weights
+from edgewright.export.onnx.graph import attributes
 from edgewright.export.source import load_source
 
 pytest.importorskip("onnxruntime_genai")

@@ -13,10 +13,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from edgewright.export import onnx_graph, to_genai
+from edgewright.export import to_genai
 from edgewright.export.lattice import round_int, round_ternary
-from edgewright.export.onnx_packing import SCALE_FACTORS, Part, _least_squares, pack_at
-from edgewright.export.onnx_reader import dequantize
+from edgewright.export.onnx import graph as onnx_graph
+from edgewright.export.onnx.packing import SCALE_FACTORS, Part, _least_squares, pack_at
+from edgewright.export.onnx.reader import dequantize
 from edgewright.export.source import load_source
 
 FUSED_NORMS = {"SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
@@ -123,7 +124,7 @@ def test_least_squares_loses_less_than_the_rule_of_q4_0(monkeypatch: pytest.Monk
 
     assert len(SCALE_FACTORS) > 1
     searched = error()
-    monkeypatch.setattr("edgewright.export.onnx_packing.SCALE_FACTORS", (1.0,))
+    monkeypatch.setattr("edgewright.export.onnx.packing.SCALE_FACTORS", (1.0,))
     assert searched < error()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edgewright.errors import BadInput
-from edgewright.export.gguf_vocabulary import read_vocabulary
+from edgewright.export.gguf.vocabulary import read_vocabulary
 from edgewright.export.parity import differences
 from edgewright.export.source import load_source
 from edgewright.export.to_gguf import place, write
@@ -305,7 +305,7 @@ def retrained(model: Path, target: Path, pre: Any, *, ignore_merges: bool = Fals
 def pre_tokenizer(name: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
-    from edgewright.export.gguf_vocabulary import PRE_TOKENIZERS
+    from edgewright.export.gguf.vocabulary import PRE_TOKENIZERS
 
     steps = next(steps for known, steps, _ in PRE_TOKENIZERS if known == name)
     make = {

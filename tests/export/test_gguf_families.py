@@ -12,8 +12,8 @@ import pytest
 from families import FAMILIES, WINDOW, save_family
 
 from edgewright.errors import BadInput
-from edgewright.export.gguf_file import open_gguf
-from edgewright.export.gguf_reader import read_weights
+from edgewright.export.gguf.file import open_gguf
+from edgewright.export.gguf.reader import read_weights
 from edgewright.export.parity import differences
 from edgewright.export.runtimes import open_session
 from edgewright.export.runtimes.llamacpp import HALF_GELU, LlamaCppSession

@@ -12,11 +12,11 @@ import pytest
 from families import save_family
 
 from edgewright.errors import BadInput
-from edgewright.export.gguf_file import open_gguf
-from edgewright.export.gguf_vocabulary import PRE_TOKENIZERS, read_vocabulary
+from edgewright.export.gate.texts import REAL
+from edgewright.export.gguf.file import open_gguf
+from edgewright.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
 from edgewright.export.runtimes import open_session
 from edgewright.export.source import load_source
-from edgewright.export.texts import REAL
 from edgewright.export.to_gguf import write
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "tokenizers"

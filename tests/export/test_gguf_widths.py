@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from families import save_family
 
-from edgewright.export import gguf_ggml
-from edgewright.export.gguf_file import open_gguf
-from edgewright.export.gguf_reader import read_weights, widths
-from edgewright.export.gguf_widths import MIXES, SEARCHED, WIDTHS, width_for
+from edgewright.export.gguf import ggml as gguf_ggml
+from edgewright.export.gguf.file import open_gguf
+from edgewright.export.gguf.reader import read_weights, widths
+from edgewright.export.gguf.widths import MIXES, SEARCHED, WIDTHS, width_for
 from edgewright.export.lattice import LatticeTensor
 from edgewright.export.parity import differences
 from edgewright.export.runtimes import open_session

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from edgewright.export.gptq import _Problem, damped, gptq, output_error
+from edgewright.export.calibration.gptq import _Problem, damped, gptq, output_error
+from edgewright.export.calibration.search import RANGES, rounded_to_half, search
 from edgewright.export.lattice import LatticeTensor, round_q4_0
 from edgewright.export.layout import FORMATS
-from edgewright.export.search import RANGES, rounded_to_half, search
 
 SHAPES = [(5, 32), (16, 64), (40, 96), (7, 40), (3, 33), (2, 5)]
 

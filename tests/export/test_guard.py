@@ -19,7 +19,8 @@ from hostile_weights import F32, ONE, Q8_0, TQ2_0, gguf_file, pair, tensor, text
 from safetensors.numpy import save_file
 
 from edgewright.errors import BadInput, EdgewrightError, Unsafe
-from edgewright.export import guard, guard_gguf
+from edgewright.export import guard
+from edgewright.export.guard import gguf as guard_gguf
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 

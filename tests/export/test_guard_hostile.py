@@ -15,7 +15,8 @@ import pytest
 import edgewright
 from edgewright.error_catalogue import catalogue
 from edgewright.errors import BadInput, EdgewrightError, Unsafe
-from edgewright.export import guard, guard_openvino
+from edgewright.export import guard
+from edgewright.export.guard import openvino as guard_openvino
 
 CASES = {f"{case.kind}: {case.name}": case for case in hostile.cases()}
 UNSAFE = {313, 314, 315, 316, 330, 331, 333, 335, 336, 338, 339}

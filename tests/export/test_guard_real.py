@@ -11,9 +11,10 @@ import pytest
 from families import FAMILIES
 
 from edgewright.errors import EdgewrightError
-from edgewright.export import guard, guard_openvino
-from edgewright.export.guard_config import check_configs
-from edgewright.export.guard_folder import check_entries
+from edgewright.export import guard
+from edgewright.export.guard import openvino as guard_openvino
+from edgewright.export.guard.config import check_configs
+from edgewright.export.guard.folder import check_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / "../shared/data"

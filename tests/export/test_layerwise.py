@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgewright.export.decoder_blocks import find_blocks, weight_layers, weight_of
-from edgewright.export.gptq import damped
-from edgewright.export.layerwise import DAMP, SINK, Moments, Task, corrected, quantize_layerwise
+from edgewright.export.calibration.decoder_blocks import find_blocks, weight_layers, weight_of
+from edgewright.export.calibration.gptq import damped
+from edgewright.export.calibration.layerwise import DAMP, SINK, Moments, Task, corrected, quantize_layerwise
 from edgewright.export.source import load_source
 from edgewright.student import load_model
 

@@ -269,7 +269,7 @@ def matmul_of_onnxruntime(
 @pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("columns", [256, 172, 1])
 def test_matmulnbits_reads_back_as_the_operator_documents(bits, block, columns):
-    from edgewright.export.onnx_reader import dequantize
+    from edgewright.export.onnx.reader import dequantize
 
     levels = {2: "ternary", 4: "int4", 8: "int8"}[bits]
     lattice = extremes(random_lattice(levels, 3, columns, block, 6))

@@ -17,9 +17,10 @@ pytest.importorskip("openvino_genai")
 from openvino_help import TOLERANCE, Write, check_weights, rows_of, stored_types, tokens_of, torch_logits
 
 from edgewright.errors import BadInput, GateFailed
-from edgewright.export import openvino_reader, to_openvino
+from edgewright.export import to_openvino
 from edgewright.export.lattice import LatticeTensor, Levels, round_int
-from edgewright.export.openvino_package import load
+from edgewright.export.openvino import reader as openvino_reader
+from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import OpenVinoSession
 from edgewright.export.source import Source, load_source
 
@@ -262,7 +263,7 @@ def test_a_tokenizer_that_cannot_be_expressed_is_refused(
 def test_openvino_is_loaded_in_silence(tmp_path: Path) -> None:
     """Its telemetry would keep an identifier in the home directory and report every import."""
     code = (
-        "from edgewright.export.openvino_package import load\n"
+        "from edgewright.export.openvino.package import load\n"
         "for name in ('openvino', 'openvino_genai', 'openvino_tokenizers'): load(name)\n"
         "import openvino.tools.ovc as ovc, sys\n"
         "assert 'telemetry_stub' in type(ovc.telemetry).__module__, type(ovc.telemetry)\n"

@@ -16,9 +16,9 @@ import edgewright
 from edgewright.errors import BadInput, GateFailed, RecipeError
 from edgewright.export import to_gguf
 from edgewright.export.artifact import Written, read_entry
-from edgewright.export.compare import Comparison, compare
+from edgewright.export.gate.compare import Comparison, compare
+from edgewright.export.gate.reference import read_reference
 from edgewright.export.parity import differences, judge
-from edgewright.export.reference import read_reference
 from edgewright.export.runtimes import open_session
 from edgewright.export.source import Source, load_source
 from edgewright.export.targets import TARGETS
@@ -182,7 +182,7 @@ def wrong_theta(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shifted_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgewright.export.gguf_vocabulary import Vocabulary
+    from edgewright.export.gguf.vocabulary import Vocabulary
 
     right = Vocabulary.write
 

@@ -15,7 +15,7 @@ from openvino_help import TOLERANCE, Write, check_weights, rows_of, tokens_of, t
 
 from edgewright.errors import BadInput
 from edgewright.export import to_openvino
-from edgewright.export.openvino_package import load
+from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import OpenVinoSession
 from edgewright.export.runtimes.torch_session import TorchSession
 from edgewright.export.source import Source, load_source

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from edgewright.export.calibration.search import RANGES, rounded_to_half, search
 from edgewright.export.lattice import LatticeTensor, round_q4_0, round_q8_0
 from edgewright.export.layout import FORMATS, MatMulNBits
-from edgewright.export.search import RANGES, rounded_to_half, search
 
 SHAPES = [(3, 32), (17, 96), (5, 40), (1, 33), (64, 256)]
 PLAIN = {4: round_q4_0, 8: round_q8_0}

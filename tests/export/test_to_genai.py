@@ -15,11 +15,11 @@ import pytest
 from edgewright.errors import BadInput, GateFailed
 from edgewright.export import to_genai
 from edgewright.export.artifact import digest
-from edgewright.export.genai_families import checkpoint_names
-from edgewright.export.genai_reader import read_weights, widths
+from edgewright.export.genai.families import checkpoint_names
+from edgewright.export.genai.reader import read_weights, widths
 from edgewright.export.lattice import LatticeTensor, detect_ternary, round_int
-from edgewright.export.onnx_graph import Graph, attributes
-from edgewright.export.onnx_reader import dequantize, quantizes_activations
+from edgewright.export.onnx.graph import Graph, attributes
+from edgewright.export.onnx.reader import dequantize, quantizes_activations
 from edgewright.export.source import EMBEDDING, HEAD, Source, load_source
 
 FP32_TOLERANCE = 1e-3

@@ -13,11 +13,12 @@ import onnx
 import pytest
 
 from edgewright.errors import BadInput
-from edgewright.export import onnx_plain_reader, to_onnx
+from edgewright.export import to_onnx
 from edgewright.export.artifact import Written, digest
 from edgewright.export.lattice import LatticeTensor
-from edgewright.export.onnx_graph import attributes
-from edgewright.export.onnx_reader import dequantize
+from edgewright.export.onnx import plain_reader as onnx_plain_reader
+from edgewright.export.onnx.graph import attributes
+from edgewright.export.onnx.reader import dequantize
 from edgewright.export.runtimes.onnx import OnnxSession
 from edgewright.export.source import Source, load_source
 

@@ -12,7 +12,7 @@ import pytest
 
 import edgewright
 from edgewright.errors import BadInput
-from edgewright.export.claims import read_claims
+from edgewright.export.gate.claims import read_claims
 from edgewright.export.parity import Parity
 from edgewright.export.source import load_source
 
@@ -148,7 +148,7 @@ def test_text_that_is_not_there_is_named(int8, stories, tmp_path):
 
 
 def test_a_width_without_a_limit_needs_one_from_the_user(int8, stories, monkeypatch):
-    from edgewright.export import limits
+    from edgewright.export.gate import limits
 
     monkeypatch.delitem(limits.LIMITS, "q8_0")
     with pytest.raises(BadInput, match="EW-557"):

@@ -1,0 +1,1 @@
+"""Post-training quantization with calibration text: lattices that every writer keeps."""

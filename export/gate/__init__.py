@@ -1,0 +1,1 @@
+"""What the gate asks: texts, ways to read, differences, limits. `parity.py` puts it together."""

@@ -1,0 +1,1 @@
+"""ONNX graphs of decoders: traced, packed, fused, and read back."""

@@ -1,0 +1,1 @@
+"""The intermediate representation of OpenVINO: its graph, and the reader."""
