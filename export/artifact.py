@@ -36,7 +36,7 @@ class Artifact:
 
     path: Path
     to: str
-    """The target, `gguf` or `genai`."""
+    """The target, a key of `targets.TARGETS`."""
     quant: str
     """The width, by the target's own name for it."""
     bytes: int
@@ -124,6 +124,14 @@ def write_entry(artifact: Path, entry: dict[str, Any], *, name: str | None = Non
     entries = _entries(path)
     entries[name or ("." if artifact.is_dir() else artifact.name)] = entry
     write_json(path, {"schema_version": SCHEMA_VERSION, "artifacts": dict(sorted(entries.items()))})
+
+
+def drop_entry(artifact: Path) -> None:
+    """Remove the entry of an artifact, if there is one."""
+    path = manifest_path(artifact)
+    entries = _entries(path)
+    if entries.pop("." if artifact.is_dir() else artifact.name, None) is not None:
+        write_json(path, {"schema_version": SCHEMA_VERSION, "artifacts": entries})
 
 
 def _entries(path: Path) -> dict[str, Any]:

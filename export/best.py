@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from edgewright.errors import EdgewrightError, GateFailed
-from edgewright.export.artifact import Artifact
+from edgewright.errors import EdgewrightError, GateFailed, OutOfResources
+from edgewright.export.artifact import MANIFEST, Artifact, read_entry
 from edgewright.export.calibration.calibrated import Calibrations
 from edgewright.export.gate.reference import Reference
 from edgewright.export.parity import reference_of
 from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
 from edgewright.export.source import Source
-from edgewright.export.targets import TARGETS, Made, Target, final_path, folder, install, make
+from edgewright.export.staging import folder, remove, staged, swap
+from edgewright.export.targets import TARGETS, Made, Target, install, make, occupied, replaceable
 from edgewright.files import disk_errors
+
+if TYPE_CHECKING:
+    from edgewright.bench import BenchRow
 
 BITS = {
     "fp32": 32, "f32": 32, "fp16": 16, "f16": 16, "bf16": 16, "q8_0": 8.5, "int8": 8.25, "q6_k": 6.5625,
@@ -49,7 +52,7 @@ EMBEDDINGS = frozenset({"f32", "fp32", "f16", "fp16", "q8_0", "int8", "q4_0", "i
 """Widths of embedding and head that are tried; between them no runtime is faster."""
 
 HEAT = 4
-"""Files that are open at the same time while they are measured; the winner of a heat goes on to the next."""
+"""Files that are open at the same time while they are measured; the fastest of a heat goes on to the next."""
 
 PROMPT, GENERATE, REPEATS = 64, 64, 5
 
@@ -73,6 +76,8 @@ class Candidate:
     prompt_tokens_per_s: float | None = None
     ttft_ms: float | None = None
     peak_memory: int | None = None
+    heat: int | None = None
+    """In which heat it was measured; only speeds of one heat were measured side by side."""
 
     @property
     def name(self) -> str:
@@ -93,7 +98,7 @@ def best(
 
     Args:
         source: the checkpoint.
-        out: as for the target that wins: a folder, or where the file goes.
+        out: a folder, replaced whole; a winner that is a file lies in it.
         calibrations: gives the source for each pair of widths.
         budget_mb: the most that the artifact may weigh, in 10**6 bytes.
         max_kl: the gate's limit for the mean KL; by default each width's own.
@@ -104,32 +109,50 @@ def best(
         RecipeError: EW-509, `out` is something else already.
         GateFailed: EW-511, no combination passes.
     """
+    if out.exists() and not _replaceable(out):
+        raise occupied(out, "a new folder, an empty one, or one that holds nothing but an earlier export")
     budget = math.inf if budget_mb is None else budget_mb * 1e6
     reference = reference_of(source, threads=threads)
     candidates = list(combinations(source))
-    with (
-        disk_errors(out),
-        folder(out.parent),
-        tempfile.TemporaryDirectory(prefix=f".{out.stem}.", dir=out.parent) as scratch,
-    ):
-        made: dict[int, Made] = {}
+    race = Race(candidates, threads=threads, say=say)
+    with disk_errors(out), folder(out.parent), staged(out) as scratch:
+        scratch.mkdir()
         for index, candidate in enumerate(candidates):
             candidate.reason = _unfit(candidate, source, budget)
             if not candidate.reason:
-                place = Path(scratch) / f"{index}{TARGETS[candidate.to].suffix or ''}"
-                found = _try(candidate, calibrations, reference, place, budget, max_kl, threads)
-                if found is not None:
-                    made[index] = found
+                place = scratch / f"{index}{TARGETS[candidate.to].suffix or ''}"
+                made = _try(candidate, calibrations, reference, place, budget, max_kl, threads)
+                if made is not None:
+                    race.enter(index, made)
             say(f"{candidate.name}: {candidate.reason or f'passed, {candidate.bytes or 0:,} bytes'}")
-        if not made:
+        winner = race.finish()
+        if winner is None:
             raise _nothing(source, candidates, budget_mb)
-        winner = _fastest(candidates, made, threads, say)
-        chosen, artifact = candidates[winner], made[winner]
-        final = final_path(out, TARGETS[chosen.to], source, chosen.quant)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        artifact.entry["candidates"] = [asdict(candidate) for candidate in _ranked(candidates)]
-        install(artifact, final)
-    return artifact.artifact(final)
+        winner.entry["candidates"] = [asdict(candidate) for candidate in _ranked(candidates)]
+        return _install(winner, out, source)
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether `out` may be replaced whole; also when an earlier winner was a file in it."""
+    if replaceable(out):
+        return True
+    files = [path for path in out.iterdir() if path.name != MANIFEST] if out.is_dir() else []
+    entries = [read_entry(path) for path in files if path.is_file()]
+    return len(files) == 1 == len(entries) and entries[0] is not None and bool(entries[0].get("candidates"))
+
+
+def _install(winner: Made, out: Path, source: Source) -> Artifact:
+    """Put the winner in the place of `out`: the folder itself, or a folder with the file."""
+    place = winner.place
+    if place.is_dir():
+        install(winner, out)
+        return winner.artifact(out)
+    inside = place.parent / "winner"
+    inside.mkdir()
+    final = inside / f"{source.name}-{winner.entry['quant']}{place.suffix}"
+    install(winner, final)
+    swap(inside, out)
+    return winner.artifact(out / final.name)
 
 
 def combinations(source: Source) -> Iterator[Candidate]:
@@ -172,8 +195,7 @@ def estimated_bytes(source: Source, quant: str, embedding_quant: str) -> float:
             bits = 32.0
         else:
             bits = BITS[embedding_quant if name in tables else quant]
-        if not (source.tied and name == "lm_head.weight"):
-            total += math.prod(shape) * bits / 8
+        total += math.prod(shape) * bits / 8
     return total
 
 
@@ -193,43 +215,94 @@ def _try(
             source, place, to=candidate.to, quant=candidate.quant, embedding_quant=candidate.embedding_quant,
             verify=True, max_kl=max_kl, threads=threads, reference=reference,
         )  # fmt: skip
+    except OutOfResources:
+        raise
     except EdgewrightError as error:
         candidate.status, candidate.reason = "refused", f"{error.code}: {error.what}"
+        remove(place)
         return None
     candidate.bytes = made.entry["bytes"]
     candidate.kl = made.entry["parity"]["kl"]
     if made.entry["bytes"] > budget:
         candidate.status, candidate.reason = "refused", "over the budget"
+        remove(place)
         return None
     candidate.status = "measured"
     return made
 
 
-def _fastest(
-    candidates: list[Candidate], made: dict[int, Made], threads: int | None, say: Callable[[str], None]
-) -> int:
-    """Measure the survivors in heats; the index of the one that decodes fastest."""
-    from edgewright.bench import bench
+class Race:
+    """Measures certified files in heats as they come; only the fastest so far stays on the disk.
 
-    waiting = list(made)
-    champion: int | None = None
-    while waiting:
-        heat = waiting[: HEAT if champion is None else HEAT - 1]
-        del waiting[: len(heat)]
-        heat = heat if champion is None else [champion, *heat]
-        report = bench(
-            *(made[index].place for index in heat), prompt=PROMPT, generate=GENERATE, repeats=REPEATS, threads=threads
-        )
-        for index, row in zip(heat, report.artifacts, strict=True):
-            candidate = candidates[index]
+    Args:
+        candidates: all combinations; what is measured is noted in them.
+        threads: of the runtimes.
+        say: gets a line per file.
+    """
+
+    def __init__(self, candidates: list[Candidate], *, threads: int | None, say: Callable[[str], None]) -> None:
+        self._candidates, self._threads, self._say = candidates, threads, say
+        self._waiting: dict[int, Made] = {}
+        self._champion: int | None = None
+        self._heats = 0
+
+    def enter(self, index: int, made: Made) -> None:
+        """Let a file wait for its heat, which runs as soon as it is full."""
+        self._waiting[index] = made
+        if len(self._waiting) == HEAT:
+            self._run()
+
+    def finish(self) -> Made | None:
+        """Run what still waits; the fastest file, None when there is none."""
+        if set(self._waiting) - {self._champion}:
+            self._run()
+        if self._champion is None:
+            return None
+        self._candidates[self._champion].status = "won"
+        return self._waiting[self._champion]
+
+    def _run(self) -> None:
+        self._heats += 1
+        measured = self._measured()
+        for index, row in measured.items():
+            candidate = self._candidates[index]
+            candidate.heat = self._heats
             candidate.tokens_per_s, candidate.tokens_per_s_sd = row.tokens_per_s, row.tokens_per_s_sd
             candidate.prompt_tokens_per_s, candidate.ttft_ms = row.prompt_tokens_per_s, row.ttft_ms
             candidate.peak_memory = row.peak_memory
-            say(f"{candidate.name}: {row.tokens_per_s:,.0f} tokens/s")
-        champion = max(heat, key=lambda index: candidates[index].tokens_per_s or 0)
-    assert champion is not None
-    candidates[champion].status = "won"
-    return champion
+            self._say(f"{candidate.name}: {row.tokens_per_s:,.0f} tokens/s")
+        self._champion = max(measured, key=lambda index: measured[index].tokens_per_s, default=None)
+        for index in set(self._waiting) - {self._champion}:
+            remove(self._waiting.pop(index).place)
+
+    def _measured(self) -> dict[int, BenchRow]:
+        """The rows of those that can be measured, by candidate; the others are noted as refused."""
+        able = list(self._waiting)
+        try:
+            return self._side_by_side(able)
+        except EdgewrightError:
+            return self._side_by_side([index for index in able if self._opens(index)])
+
+    def _side_by_side(self, heat: list[int]) -> dict[int, BenchRow]:
+        from edgewright.bench import bench
+
+        if not heat:
+            return {}
+        places = [self._waiting[index].place for index in heat]
+        report = bench(*places, prompt=PROMPT, generate=GENERATE, repeats=REPEATS, threads=self._threads)
+        return dict(zip(heat, report.artifacts, strict=True))
+
+    def _opens(self, index: int) -> bool:
+        """Whether a file can be measured alone; notes why not."""
+        from edgewright.bench import bench
+
+        try:
+            bench(self._waiting[index].place, prompt=2, generate=2, repeats=1, threads=self._threads)
+        except EdgewrightError as error:
+            candidate = self._candidates[index]
+            candidate.status, candidate.reason = "refused", f"{error.code}: {error.what}"
+            return False
+        return True
 
 
 def _ranked(candidates: list[Candidate]) -> list[Candidate]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from edgewright.errors import GateFailed, RecipeError
-from edgewright.export.artifact import Artifact, Written, hash_of, read_entry, size_of, sync, write_entry
+from edgewright.errors import BadInput, GateFailed, RecipeError
+from edgewright.export.artifact import Artifact, Written, drop_entry, hash_of, read_entry, size_of, write_entry
+from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
+from edgewright.export.staging import folder, remove, staged, swap
 from edgewright.files import disk_errors
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ def export(
     from edgewright.export.calibration.calibrated import Calibrations, calibrated_source
     from edgewright.export.source import load_source
 
+    if budget_mb is not None and not budget_mb > 0:
+        raise RecipeError("EW-513", "a budget must be positive", expected="MB, more than 0", found=budget_mb)
     if to == BEST:
         from edgewright.export.best import best
 
@@ -166,6 +168,8 @@ def export(
         )
     target = _target(to, quant, embedding_quant)
     assert quant is not None
+    if verify:
+        _check_runtime(to)
     source = load_source(model)
     final = final_path(Path(out), target, source, quant)
     with disk_errors(final), folder(final.parent), staged(final) as place:
@@ -193,7 +197,7 @@ def _weigher(source: Source, place: Path, to: str, quant: str) -> Callable[[str 
             )
             return size_of(place)
         finally:
-            _remove(place)
+            remove(place)
 
     return weigh
 
@@ -247,10 +251,15 @@ def make(
 
 
 def install(made: Made, final: Path) -> None:
-    """Give an artifact its final name, and its entry in the manifest."""
+    """Give an artifact its final name, and its entry in the manifest.
+
+    The entry of a file that is replaced goes first, so that no crash leaves a file with the entry of another.
+    """
     if made.place.is_dir():
         write_entry(made.place, made.entry)
-    _swap(made.place, final)
+    else:
+        drop_entry(final)
+    swap(made.place, final)
     if final.is_file():
         write_entry(final, made.entry)
 
@@ -263,6 +272,21 @@ def _refuse_choices(quant: str | None, embedding_quant: str | None, verify: bool
             raise RecipeError(
                 "EW-512", f"{option} and --to best contradict each other", found=value, fix=f"leave out {option}"
             )
+
+
+def _check_runtime(to: str) -> None:
+    """The gate needs the target's runtime: say so before any work, not after it.
+
+    Raises:
+        BadInput: EW-603.
+    """
+    runtime = next(name for name, target in TARGET_OF.items() if target == to)
+    _, _, package, install_line = SESSIONS[runtime]
+    if importlib.util.find_spec(package) is None:
+        raise BadInput(
+            "EW-603", f"the runtime that proves this file is not installed: {package}", expected=package,
+            fix=f"{install_line}; --no-verify writes the file unproven",
+        )  # fmt: skip
 
 
 def _check_budget(entry: dict[str, Any], budget_mb: float | None) -> None:
@@ -297,6 +321,11 @@ def _target(to: str, quant: str | None, embedding_quant: str | None) -> Target:
     if to not in TARGETS:
         raise _unknown("EW-501", "target", to, (*TARGETS, BEST))
     target = TARGETS[to]
+    if quant is None:
+        raise RecipeError(
+            "EW-502", f"{to} needs a width", expected=f"one of: {', '.join(target.quants)}", found="no --quant",
+            fix="add --quant, or take --to best",
+        )  # fmt: skip
     if quant not in target.quants:
         raise _unknown("EW-502", f"width of {to}", quant, target.quants)
     if embedding_quant is not None and embedding_quant not in target.embedding_quants:
@@ -374,80 +403,30 @@ def final_path(out: Path, target: Target, source: Source, quant: str) -> Path:
         RecipeError: EW-509, something else is there.
     """
     if target.suffix is None:
-        if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or read_entry(out) is not None)):
-            raise _occupied(out, "a new folder, an empty one, or one that an earlier export made")
+        if out.exists() and not replaceable(out):
+            raise occupied(out, "a new folder, an empty one, or one that holds nothing but an earlier export")
         return out
     if out.suffix == target.suffix and not out.is_dir():
         return out
     if out.exists() and not out.is_dir():
-        raise _occupied(out, f"a directory, or a name that ends in {target.suffix}")
+        raise occupied(out, f"a directory, or a name that ends in {target.suffix}")
     return out / f"{source.name}-{quant}{target.suffix}"
 
 
-def _occupied(out: Path, expected: str) -> RecipeError:
+def replaceable(out: Path) -> bool:
+    """Whether a folder may be replaced whole: it is empty, or holds what an earlier export made and nothing else."""
+    if not out.is_dir():
+        return False
+    if not any(out.iterdir()):
+        return True
+    entry = read_entry(out)
+    return entry is not None and entry.get("bytes") == size_of(out)
+
+
+def occupied(out: Path, expected: str) -> RecipeError:
+    """EW-509: something else is where the artifact should be."""
     found = "a file" if out.is_file() else ", ".join(sorted(path.name for path in out.iterdir())[:6])
     return RecipeError(
         "EW-509", "the export would overwrite something else", where=out.absolute(), expected=expected, found=found,
         fix="choose another --out",
     )  # fmt: skip
-
-
-@contextmanager
-def folder(path: Path) -> Iterator[None]:
-    """Make a folder; where it and those above it were made for nothing, they vanish at the end."""
-    new = [each for each in (path, *path.parents) if not each.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for each in new:
-            if any(each.iterdir()):
-                break
-            each.rmdir()
-
-
-@contextmanager
-def staged(final: Path) -> Iterator[Path]:
-    """A temporary name beside the final one; what is left of it vanishes at the end, and so does that of dead runs."""
-    for stale in final.parent.glob(f".{final.stem}.*.staged{final.suffix}"):
-        owner = stale.name.removeprefix(f".{final.stem}.").split(".")[0]
-        if owner.isdigit() and not _alive(int(owner)):
-            _remove(stale)
-    place = final.with_name(f".{final.stem}.{os.getpid()}.staged{final.suffix}")
-    _remove(place)
-    try:
-        yield place
-    finally:
-        _remove(place)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _swap(place: Path, final: Path) -> None:
-    """Make the staged artifact the final one. A folder that was there is put aside first and removed after."""
-    if place.is_file():
-        sync(place)
-        os.replace(place, final)
-        sync(final.parent)
-        return
-    aside = final.with_name(f".{final.name}.{os.getpid()}.old")
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(place, final)
-    sync(final.parent)
-    _remove(aside)

@@ -150,3 +150,40 @@ def test_calibration_serves_every_width_that_can_hold_it(stories):
         assert calls[-1]["method"] == "imatrix" and len(calls) == 3
         assert Calibrations(source, **{**given, "files": None}).of("gguf", "q4_0", "q4_0") is source
     assert len(calls) == 3
+
+
+def test_a_later_race_replaces_the_winner_of_an_earlier_one(only_gguf, ternary_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "REPEATS", 1)
+    monkeypatch.setattr(
+        module, "TARGETS", {"gguf": replace(TARGETS["gguf"], quants=("q8_0",), embedding_quants=("f16",))}
+    )
+    for _ in range(2):
+        artifact = edgewright.export(ternary_model, to="best", out=tmp_path / "out", threads=1)
+    assert len(list((tmp_path / "out").iterdir())) == 2 and artifact.path.is_file()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(EdgewrightError, match="EW-509"):
+        edgewright.export(ternary_model, to="best", out=tmp_path / "out", threads=1)
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_what_cannot_be_measured_is_refused_by_name(only_gguf, ternary_model, tmp_path, monkeypatch):
+    from edgewright.bench import bench as right
+    from edgewright.errors import BadInput
+
+    def bench(*paths, **settings):
+        if any(path.name.startswith("0") for path in paths):
+            raise BadInput("EW-610", "the process that measured this artifact died")
+        return right(*paths, **settings)
+
+    monkeypatch.setattr(module, "REPEATS", 1)
+    monkeypatch.setattr("edgewright.bench.bench", bench)
+    artifact = edgewright.export(ternary_model, to="best", out=tmp_path / "out", threads=1)
+    first = next(each for each in artifact.candidates if each["status"] == "refused")
+    assert "EW-610" in first["reason"]
+    assert artifact.candidates[0]["status"] == "won"
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan")])
+def test_a_budget_that_is_none_is_refused(ternary_model, tmp_path, budget):
+    with pytest.raises(EdgewrightError, match="EW-513"):
+        edgewright.export(ternary_model, to="best", out=tmp_path, budget_mb=budget)

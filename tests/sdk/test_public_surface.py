@@ -34,7 +34,7 @@ OPTIONS = {
         "--to", "--quant", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--calibrate", "--method",
         "--no-verify", "--threads", "--json", "--help",
     },
-    "verify": {"--against", "--max-kl", "--threads", "--json", "--help"},
+    "verify": {"--against", "--max-kl", "--data", "--threads", "--json", "--help"},
     "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--threads", "--json", "--help"},
     "report": {"--add", "--json", "--help"},
