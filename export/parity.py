@@ -8,7 +8,7 @@ and in cached decoding (`gate/reference.py`, `gate/compare.py`), within the limi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -18,7 +18,7 @@ from edgewright.export.artifact import SCHEMA_VERSION
 from edgewright.export.gate.claims import read_claims
 from edgewright.export.gate.compare import Comparison, compare
 from edgewright.export.gate.identity import differences
-from edgewright.export.gate.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, Limit, limit_for
+from edgewright.export.gate.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, Limit, check_max_kl, limit_for
 from edgewright.export.gate.reference import Reading, Reference, read_again, read_reference
 from edgewright.export.runtimes.opening import TARGET_OF, open_session, runtime_of
 from edgewright.export.runtimes.session import Session
@@ -87,7 +87,7 @@ def verify(
     Args:
         artifact: what `open_session` opens.
         against: the Hugging Face directory that it was made from.
-        max_kl: limit for the mean KL, in the place of those for the widths.
+        max_kl: limit for the mean KL to the checkpoint, in the place of the one for the widths; all others stay.
         threads: of both runtimes.
         data: text files (patterns) to compare on, in the place of the built-in texts: the first 8 documents.
 
@@ -95,9 +95,11 @@ def verify(
         What was measured, with `gate` "passed" or "failed"; a failed gate is no exception here.
 
     Raises:
+        RecipeError: EW-560, `max_kl` is no finite number above 0.
         BadInput: EW-557, the file has a width without a limit; EW-559, its manifest cannot be understood; what the
             reader, the runtime or the checkpoint refuse.
     """
+    check_max_kl(max_kl)
     runtime, path = runtime_of(Path(artifact))
     to = TARGET_OF[runtime]
     source = load_source(against)
@@ -138,15 +140,19 @@ def judge(
         widths: all widths in which its matrices are stored.
         source: the checkpoint.
         kept, digests: as in `differences`.
-        max_kl: limit for the mean KL, in the place of those for the widths.
+        max_kl: limit for the mean KL to the checkpoint, in the place of the one for the widths; all others stay.
         threads: of both runtimes.
         texts: real texts by name, in the place of the built-in ones.
         reference: what the checkpoint says, if it was read before (`reference_of`).
         objections: what else speaks against the file.
+
+    Raises:
+        RecipeError, BadInput: as `verify`.
     """
     from edgewright.export.gate.weights_only import WeightsOnly
     from edgewright.export.runtimes.torch_session import TorchSession
 
+    check_max_kl(max_kl)
     with TorchSession(
         source.directory, threads=threads, source=source
     ) as torch:  # closed before the file's runtime opens
@@ -156,15 +162,15 @@ def judge(
         own = _with_its_weights(torch, weights, reference)
     with open_session(path, threads=threads) as session:
         measured = compare(reference, session, own)
-        limit = None if max_kl is not None else limit_for(widths, fp32_compute=session.capabilities.fp32_compute)
-    allowed = max_kl if limit is None else limit.kl
-    assert allowed is not None
-    reasons = [*objections, *_lattice_reasons(unequal), *_reasons(measured, widths, allowed, limit)]
+        limit = limit_for(widths, fp32_compute=session.capabilities.fp32_compute)
+    if max_kl is not None:
+        limit = replace(limit, kl=max_kl)
+    reasons = [*objections, *_lattice_reasons(unequal), *_reasons(measured, widths, limit)]
     return Parity(
         path=path,
         against=source.directory,
         **asdict(measured),
-        kl_limit=allowed,
+        kl_limit=limit.kl,
         lattice_identity=not unequal,
         gate="failed" if reasons else "passed",
         reasons=reasons,
@@ -220,22 +226,20 @@ def _lattice_reasons(unequal: list[str]) -> list[str]:
     return [f"the file does not hold the checkpoint's lattice: {'; '.join(unequal[:3])}{more}"]
 
 
-def _reasons(measured: Comparison, widths: set[str], allowed: float, limit: Limit | None) -> list[str]:
-    """What speaks against the file, apart from its weights. Without a `limit` the user's own KL alone decides."""
+def _reasons(measured: Comparison, widths: set[str], limit: Limit) -> list[str]:
+    """What speaks against the file, apart from its weights. Every comparison is written so that a NaN fails."""
     reasons = []
     if not measured.tokenizer_identity:
         reasons.append("the runtime splits text into other tokens than the checkpoint's tokenizer")
     if measured.kl is None:
         return [*reasons, "the runtime gives logits that are not finite"]
-    if measured.kl > allowed:
+    if not measured.kl <= limit.kl:
         advice = "; train with the ternary method, or choose q8_0 or int8" if widths & TERNARY else ""
-        way = next(way for way, mean in measured.kl_by_way.items() if mean == measured.kl)
+        way = next((way for way, mean in measured.kl_by_way.items() if mean == measured.kl), "no number")
         reasons.append(
-            f"the mean KL to the checkpoint is {measured.kl:.3g} ({way}), the limit is {allowed:.3g}{advice}"
+            f"the mean KL to the checkpoint is {measured.kl:.3g} ({way}), the limit is {limit.kl:.3g}{advice}"
         )
-    if limit is not None:
-        reasons += _judged_by_width(measured, widths, limit)
-    return reasons
+    return reasons + _judged_by_width(measured, widths, limit)
 
 
 def _judged_by_width(measured: Comparison, widths: set[str], limit: Limit) -> list[str]:
@@ -244,25 +248,25 @@ def _judged_by_width(measured: Comparison, widths: set[str], limit: Limit) -> li
     assert measured.top1_regret is not None
     ratio = max(measured.perplexity_ratio, 1 / measured.perplexity_ratio)
     reasons = []
-    if measured.kl_runtime is not None and measured.kl_runtime > limit.runtime:
+    if measured.kl_runtime is not None and not measured.kl_runtime <= limit.runtime:
         reasons.append(
             f"the runtime does not compute what the file's weights say: its mean KL to them is "
             f"{measured.kl_runtime:.3g}, the limit is {limit.runtime:.3g}"
         )
-    if ratio > limit.perplexity:
+    if not ratio <= limit.perplexity:
         reasons.append(
             f"the perplexity on real text is {measured.perplexity_ratio:.4g} times the checkpoint's, "
             f"the limit is {limit.perplexity:.4g}"
         )
-    if measured.top1_regret > limit.regret:
+    if not measured.top1_regret <= limit.regret:
         reasons.append(
             f"its first choices are worse than the checkpoint's by {measured.top1_regret:.3g} nats, "
             f"the limit is {limit.regret:.3g}"
         )
-    if widths <= LOSSLESS and measured.max_abs_diff > limit.logits:
+    if widths <= LOSSLESS and not measured.max_abs_diff <= limit.logits:
         reasons.append(f"logits differ by up to {measured.max_abs_diff:.3g}, the limit is {limit.logits:.3g}")
     if widths <= LOSSLESS and limit.logits <= MAX_ABS_DIFF:
-        if measured.top1_agreement < 1:
+        if not measured.top1_agreement >= 1:
             reasons.append(f"only {measured.top1_agreement:.1%} of the first choices are the checkpoint's")
         if not measured.greedy_identity:
             reasons.append("greedy generation gives other tokens than the checkpoint")

@@ -102,7 +102,7 @@ def compare(reference: Reference, candidate: Session, own: Mapping[str, Reading]
     long = [way for way in means if own is None or sum(len(each.kl) for each in by_way[way]) >= ENOUGH] or list(means)
     worst = max(long, key=lambda way: means[way])
     regrets = np.concatenate([each.regret for each in measured])
-    shares = [_greedy_share(candidate, greedy) for greedy in reference.greedy] if finite else [0.0]
+    shares = _greedy_shares(reference, candidate) if finite else [0.0]
     return Comparison(
         max_abs_diff=max(each.max_abs_diff for each in measured) if finite else None,
         kl=means[worst] if finite else None,
@@ -212,6 +212,12 @@ def _runtime_cost(by_way: Mapping[str, list[_Measured]]) -> float | None:
     costs = [[each.kl_runtime for each in those if each.kl_runtime is not None] for those in by_way.values()]
     means = [float(np.concatenate(each).mean()) for each in costs if each]
     return max(means) if means else None
+
+
+def _greedy_shares(reference: Reference, candidate: Session) -> list[float]:
+    """One for every prompt that leaves room for an answer; a runtime with room for none has shown nothing."""
+    fitting = [greedy for greedy in reference.greedy if len(greedy.prompt) < candidate.context_length]
+    return [_greedy_share(candidate, greedy) for greedy in fitting] or [0.0]
 
 
 def _greedy_share(candidate: Session, greedy: Greedy) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 
-from edgewright.errors import BadInput
+from edgewright.errors import BadInput, RecipeError
 
 MAX_ABS_DIFF = 1e-3
 """Largest difference of two logits in a lossless file, in a runtime that computes in float32."""
@@ -105,7 +106,7 @@ def limit_for(widths: Iterable[str], *, fp32_compute: bool) -> Limit:
             f"the gate has no limit for the width {', '.join(unknown)}" if unknown else "the file has no matrix",
             expected=f"one of: {', '.join(LIMITS)}",
             found=", ".join(unknown) or "no width",
-            fix="say how much the file may lose with --max-kl",
+            fix="export the model again in one of these widths",
         )
     exact = fp32_compute and bool(widths & TERNARY) and widths <= TERNARY | LOSSLESS
     rows = [EXACT] if exact else [LIMITS[width] for width in widths]
@@ -116,3 +117,19 @@ def limit_for(widths: Iterable[str], *, fp32_compute: bool) -> Limit:
         regret=max(row.regret for row in rows),
         logits=MAX_ABS_DIFF if fp32_compute else ROUNDED_ABS_DIFF,
     )
+
+
+def check_max_kl(max_kl: float | None) -> None:
+    """Whether a limit that a user sets is one.
+
+    Raises:
+        RecipeError: EW-560, it is not finite, or not above 0.
+    """
+    if max_kl is not None and not (isfinite(max_kl) and max_kl > 0):
+        raise RecipeError(
+            "EW-560",
+            "this limit for the mean KL is none",
+            expected="a finite number of nats per token above 0",
+            found=max_kl,
+            fix="give --max-kl a number such as 0.01, or leave it out: every width has a limit of its own",
+        )

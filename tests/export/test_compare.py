@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.errors import BadInput
-from edgewright.export.gate.compare import Comparison, compare
-from edgewright.export.gate.limits import LIMITS, limit_for
+from edgewright.errors import BadInput, RecipeError
+from edgewright.export.gate.compare import Comparison, _greedy_shares, compare
+from edgewright.export.gate.limits import LIMITS, check_max_kl, limit_for
 from edgewright.export.gate.reference import FULL, Reference, read_reference
 from edgewright.export.parity import _reasons
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
@@ -114,7 +114,7 @@ def test_the_same_model_is_the_same_in_every_way(reference):
     assert found.kl == found.kl_weights == found.kl_runtime == found.max_abs_diff == found.top1_regret == 0
     assert (found.perplexity_ratio, found.top1_agreement, found.greedy_agreement) == (1, 1, 1)
     assert found.greedy_identity and found.tokenizer_identity
-    assert _reasons(found, {"fp32"}, 1e-5, LIMITS["fp32"]) == []
+    assert _reasons(found, {"fp32"}, LIMITS["fp32"]) == []
 
 
 class WrongInDecoding(TableSession):
@@ -181,7 +181,7 @@ class WrongPadding(TableSession):
 def test_a_fault_of_one_way_to_read_is_found_there(reference, kind, ways):
     found = compared(reference, kind(TRAINED))
     assert {way for way, mean in found.kl_by_way.items() if mean is None or mean > 1e-4} == ways
-    assert _reasons(found, {"int4", "fp32"}, 0.3, limit_for({"int4"}, fp32_compute=False)) != []
+    assert _reasons(found, {"int4", "fp32"}, limit_for({"int4"}, fp32_compute=False)) != []
 
 
 def test_logits_that_are_not_finite_are_said_so(reference):
@@ -189,14 +189,20 @@ def test_logits_that_are_not_finite_are_said_so(reference):
     broken[101] = np.nan
     found = compared(reference, TableSession(broken))
     assert (found.kl, found.max_abs_diff, found.perplexity_ratio, found.top1_regret) == (None, None, None, None)
-    assert _reasons(found, {"int4"}, 0.3, LIMITS["int4"]) == ["the runtime gives logits that are not finite"]
-    assert "the runtime gives logits that are not finite" in _reasons(found, {"int4"}, 0.3, None)
+    assert _reasons(found, {"int4"}, LIMITS["int4"]) == ["the runtime gives logits that are not finite"]
 
 
 def test_a_shorter_context_is_compared_as_far_as_it_goes(reference):
     found = compared(reference, TableSession(TRAINED, context_length=48))
     assert found.kl == 0 and found.greedy_identity
     assert FULL not in found.kl_by_way
+
+
+def test_a_context_without_room_for_an_answer_is_no_error(reference):
+    """The longest prompts fill it; what follows the start token alone is still compared."""
+    found = compared(reference, TableSession(TRAINED, context_length=12))
+    assert found.kl == 0 and found.greedy_identity
+    assert _greedy_shares(reference, TableSession(TRAINED, context_length=1)) == [0.0]
 
 
 def test_a_runtime_without_logits_proves_nothing(reference):
@@ -242,7 +248,7 @@ def test_a_wrong_computation_cannot_hide_behind_a_coarse_width(reference):
     """A KL that 4 bits may cost is refused when it is the runtime's, not the weights'."""
     found = compared(reference, TableSession(noisy(TRAINED, 0.1)))
     assert found.kl is not None and 0.02 < found.kl < LIMITS["int4"].kl
-    (reason,) = _reasons(found, {"int4"}, LIMITS["int4"].kl, LIMITS["int4"])
+    (reason,) = _reasons(found, {"int4"}, LIMITS["int4"])
     assert "does not compute what the file's weights say" in reason
 
 
@@ -255,12 +261,12 @@ def test_flat_logits_are_not_judged_by_their_first_choice():
     found = compare(reference, TableSession(noisy(FLAT, 0.002)))
     assert found.top1_agreement < 0.9 and not found.greedy_identity
     assert found.kl is not None and found.kl < 1e-4
-    assert _reasons(found, {"int8"}, LIMITS["int8"].kl, LIMITS["int8"]) == []
+    assert _reasons(found, {"int8"}, LIMITS["int8"]) == []
 
 
 def test_a_flat_model_is_still_judged_by_kl():
     found = compare(reference_of(FLAT), TableSession(noisy(FLAT, 0.2)))
-    assert any("mean KL" in reason for reason in _reasons(found, {"int8"}, LIMITS["int8"].kl, LIMITS["int8"]))
+    assert any("mean KL" in reason for reason in _reasons(found, {"int8"}, LIMITS["int8"]))
 
 
 def test_a_trained_model_must_keep_choices_that_are_clear():
@@ -279,17 +285,42 @@ def test_a_trained_model_must_keep_choices_that_are_clear():
 
     found = compare(reference, Misled(sure))
     assert found.top1_agreement > 0.95
-    assert any("first choices" in reason for reason in _reasons(found, {"int8"}, 10.0, LIMITS["int8"]))
+    assert any("first choices" in reason for reason in _reasons(found, {"int8"}, replace(LIMITS["int8"], kl=10.0)))
 
 
 def test_perplexity_is_judged_in_both_directions(reference):
     found = compared(reference, TableSession(TRAINED))
     for ratio in (1.2, 1 / 1.2):
-        (reason,) = _reasons(replace(found, perplexity_ratio=ratio), {"int8"}, 1.0, LIMITS["int8"])
+        (reason,) = _reasons(replace(found, perplexity_ratio=ratio), {"int8"}, LIMITS["int8"])
         assert "perplexity" in reason
 
 
+@pytest.mark.parametrize("field", ["kl", "kl_runtime", "perplexity_ratio", "top1_regret", "max_abs_diff"])
+def test_what_is_no_number_fails(reference, field):
+    found = replace(compared(reference, TableSession(TRAINED)), **{field: float("nan")})
+    found = replace(found, kl_by_way={"prefill": found.kl})
+    assert _reasons(found, {"fp32"}, LIMITS["fp32"]) != []
+
+
 # ---------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize("kind", [WrongInShortTexts, WrongForSpecials, WrongAfterRewind, WrongAtTheEnd])
+def test_a_users_limit_does_not_hide_a_way_that_is_short(reference, kind):
+    """`max_kl` replaces the limit of the mean KL alone."""
+    limit = replace(limit_for({"int4"}, fp32_compute=False), kl=100.0)
+    assert any("does not compute" in reason for reason in _reasons(compared(reference, kind(TRAINED)), {"int4"}, limit))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+def test_a_limit_that_is_none_is_refused(value):
+    with pytest.raises(RecipeError, match="EW-560"):
+        check_max_kl(value)
+
+
+def test_a_limit_of_the_user_is_a_number_above_0():
+    check_max_kl(None)
+    check_max_kl(1e-12)
 
 
 def test_every_width_of_every_target_has_limits():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edgewright
-from edgewright.errors import BadInput
+from edgewright.errors import BadInput, RecipeError
 from edgewright.export.gate.claims import read_claims
 from edgewright.export.parity import Parity
 from edgewright.export.source import load_source
@@ -147,10 +148,28 @@ def test_text_that_is_not_there_is_named(int8, stories, tmp_path):
         verified(int8, stories, data=tmp_path / "nothing.txt")
 
 
-def test_a_width_without_a_limit_needs_one_from_the_user(int8, stories, monkeypatch):
+def test_a_width_without_limits_is_refused_whatever_the_user_allows(int8, stories, monkeypatch):
     from edgewright.export.gate import limits
 
     monkeypatch.delitem(limits.LIMITS, "q8_0")
     with pytest.raises(BadInput, match="EW-557"):
         verified(int8, stories)
-    assert verified(int8, stories, max_kl=0.1).gate == "passed"
+    with pytest.raises(BadInput, match="EW-557"):
+        verified(int8, stories, max_kl=0.1)
+
+
+def test_a_limit_that_is_none_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(RecipeError, match="EW-560"):
+        verified(tmp_path / "nothing", tmp_path, max_kl=float("nan"))
+
+
+def test_a_users_limit_replaces_only_that_of_the_mean_kl(int8, stories, monkeypatch):
+    """A wrong computation stays one, and so does worse text, however much KL the user allows."""
+    from edgewright.export import parity
+
+    right = parity.compare
+    monkeypatch.setattr(
+        parity, "compare", lambda *given: replace(right(*given), kl_runtime=0.5, perplexity_ratio=2.0, top1_regret=9.0)
+    )
+    found = verified(int8, stories, max_kl=1e9)
+    assert (found.gate, found.kl_limit, len(found.reasons)) == ("failed", 1e9, 3)
