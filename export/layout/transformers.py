@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgewright.export.lattice import LatticeTensor
-from edgewright.export.layout.holds import Holds, inexact
+from edgewright.export.layout.holds import Holds
 
 NF4 = np.array(
     [
@@ -151,15 +151,17 @@ class BitNet:
 
     @property
     def holds(self) -> Holds:
-        """What it holds exactly."""
-        return Holds(codes=(-1, 1), granularity="tensor", scale=self.scale, rows=4)
+        """What it holds exactly; an inverse must besides give its scale back."""
+        stored = np.float32 if self.inverse else self.scale
+        return Holds(codes=(-1, 1), granularity="tensor", scale=stored, rows=4)
 
     def holds_exactly(self, lattice: LatticeTensor) -> str | None:
         """None when `pack` loses nothing, else the reason in words."""
         reason = self.holds.why_not(lattice)
         if reason is None and self.inverse:
-            with np.errstate(divide="ignore"):
-                return inexact(np.float32(1) / (np.float32(1) / lattice.scales), self.scale, "the inverse of a scale")
+            inverse = self._inverse(lattice.scales)
+            if not (np.isfinite(inverse) & (_reciprocal(inverse) == lattice.scales)).all():
+                return f"the inverse of a scale, in {np.dtype(self.scale).name}, does not give it back"
         return reason
 
     def pack(self, lattice: LatticeTensor) -> tuple[np.ndarray, np.ndarray]:
@@ -174,7 +176,7 @@ class BitNet:
         parts = (lattice.codes + 1).astype(np.uint8).reshape(4, -1, lattice.codes.shape[1])
         shifts = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
         scale = np.array([lattice.scales.flat[0]], np.float32)
-        return np.bitwise_or.reduce(parts << shifts, axis=0), 1 / scale if self.inverse else scale
+        return np.bitwise_or.reduce(parts << shifts, axis=0), self._inverse(scale) if self.inverse else scale
 
     def unpack(self, packed: np.ndarray, weight_scale: np.ndarray) -> LatticeTensor:
         """The inverse of `pack`.
@@ -185,6 +187,17 @@ class BitNet:
         shifts = np.array([0, 2, 4, 6], np.uint8)[:, None, None]
         codes = ((packed[None] >> shifts) & 3).reshape(-1, packed.shape[1]).astype(np.int8) - np.int8(1)
         scale = np.asarray(weight_scale, np.float32).reshape(1, 1)
-        with np.errstate(divide="ignore"):
-            scale = np.float32(1) / scale if self.inverse else scale
+        scale = _reciprocal(scale) if self.inverse else scale
         return LatticeTensor(codes=codes, scales=scale, group=None, bits=2, levels="ternary")
+
+    def _inverse(self, scales: np.ndarray) -> np.ndarray:
+        """1 / scale as the file holds it; infinite where there is none."""
+        with np.errstate(over="ignore"):
+            return _reciprocal(scales).astype(self.scale).astype(np.float32)
+
+
+def _reciprocal(values: np.ndarray) -> np.ndarray:
+    """1 / value in float32; infinite where there is none."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse: np.ndarray = np.float32(1) / values
+    return inverse
