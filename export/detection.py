@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgewright.export.lattice import LatticeTensor, Levels, ceil_div, detect_ternary, grouped
+from edgewright.export.lattice import EVIDENCE, LatticeTensor, Levels, ceil_div, detect_ternary, grouped
 
 GROUPS = (256, 128, 64, 32, 16)
 """Columns per scale to look for, after one scale per tensor and one per row."""
@@ -24,9 +24,6 @@ INTEGERS: tuple[tuple[Levels, int], ...] = (("int4", 8), ("int8", 128))
 TOLERANCE = 2.0**-21
 """How far a quotient of two float32 products may be from the fraction that it stands for (fractions with denominators
 up to 128 are 250 times further apart)."""
-
-EVIDENCE = 8
-"""Weights per scale, zeros aside, that a lattice needs on average: any few numbers are multiples of something."""
 
 PROBES = 16
 """Rows that tell a dense weight without touching the rest."""
@@ -52,10 +49,13 @@ def detect_integer(weight: np.ndarray) -> LatticeTensor | None:
     """The 4- or 8-bit lattice of a float32 weight, with a scale per tensor, row, or `GROUPS` columns.
 
     The coarsest that fits is taken, and scales that fp16 holds are preferred to smaller codes. An 8-bit lattice whose
-    codes span no more than 16 values in any group is one of 4 bits with zero points. Returns None for a dense weight.
+    codes span no more than 16 values in any group is one of 4 bits with zero points. Returns None for a dense weight,
+    and for one of zeros alone.
     """
     weight = np.asarray(weight, np.float32)
     if weight.ndim != 2 or not weight.size or _is_dense(weight) or not np.isfinite(weight).all():
+        return None
+    if not weight.any():
         return None
     rows = np.unique(np.linspace(0, len(weight) - 1, PROBES).astype(np.int64))
     largest = np.abs(weight).max()

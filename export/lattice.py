@@ -40,6 +40,9 @@ SIDECAR = "lattice.safetensors"
 DETECTION_GROUP = 256
 """Columns per scale of the group-wise ternary weights that are recognised without a sidecar."""
 
+EVIDENCE = 8
+"""Weights per scale, zeros aside, that a lattice needs on average: any few numbers are multiples of something."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatticeTensor:
@@ -138,11 +141,11 @@ class LatticeTensor:
         """
         rows, columns = self.codes.shape
         blocks = ceil_div(columns, block)
-        if self.group is None:
+        if self.group is None or values.shape[1] == 1:  # one group may well be longer than the row
             return np.broadcast_to(values, (rows, blocks))
-        if self.group % block and self.scales.shape[1] > 1:
+        if self.group % block:
             raise ValueError(f"a block of {block} weights straddles groups of {self.group}")
-        return np.repeat(values, max(1, self.group // block), axis=1)[:, :blocks]
+        return np.repeat(values, self.group // block, axis=1)[:, :blocks]
 
     def block_scales(self, block: int) -> np.ndarray:
         """The scale of every storage block: float32 `[rows, ceil(columns / block)]`; errors as `per_block`."""
@@ -202,17 +205,19 @@ def _nearest(values: np.ndarray) -> np.ndarray:
 def detect_ternary(weight: np.ndarray) -> LatticeTensor | None:
     """The lattice of a float32 weight whose values are {-s, 0, s} per tensor, else per row, else per group of 256.
 
-    Returns None when the weight is not ternary (or not finite). The codes and scales found are exact.
+    Returns None when the weight is not ternary (or not finite), or when it may be so by chance: all zeros, or fewer
+    than `EVIDENCE` weights for each scale. The codes and scales found are exact.
     """
     weight = np.asarray(weight, np.float32)
     if weight.ndim != 2 or not weight.size:
         return None
-    if len(weight) > 8 and _ternary_with(weight[:4], DETECTION_GROUP, per_tensor=False) is None:
-        return None  # four rows tell a dense weight without touching the rest
     for group, per_tensor in ((None, True), (None, False), (DETECTION_GROUP, False)):
+        if len(weight) > 8 and _ternary_with(weight[:4], group, per_tensor=per_tensor) is None:
+            continue  # four rows tell a dense weight without touching the rest
         found = _ternary_with(weight, group, per_tensor=per_tensor)
         if found is not None:
-            return found
+            enough = np.count_nonzero(found.codes) >= max(1, EVIDENCE * np.count_nonzero(found.scales))
+            return found if enough else None
     return None
 
 
@@ -267,7 +272,7 @@ def round_q8_0(weight: np.ndarray) -> LatticeTensor:
     """
     blocks = grouped(np.asarray(weight, np.float32), 32)
     d = np.abs(blocks).max(axis=2) / np.float32(127)
-    codes = _nearest(blocks * _inverse(d)[..., None])
+    codes = _nearest(blocks * inverse_or_zero(d)[..., None])
     return _from_ggml(np.clip(codes, -127, 127), d, weight.shape, "int8")
 
 
@@ -279,7 +284,7 @@ def round_q4_0(weight: np.ndarray) -> LatticeTensor:
     blocks = grouped(np.asarray(weight, np.float32), 32)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[..., None], axis=2)[..., 0]
     d = extreme / np.float32(-8)
-    codes = np.trunc(blocks * _inverse(d)[..., None] + np.float32(8.5))
+    codes = np.trunc(blocks * inverse_or_zero(d)[..., None] + np.float32(8.5))
     return _from_ggml(np.clip(codes, 0, 15) - 8, d, weight.shape, "int4")
 
 
@@ -289,7 +294,7 @@ def _rounded_to(dtype: type[np.floating], scales: np.ndarray) -> np.ndarray:
         return scales.astype(dtype).astype(np.float32)
 
 
-def _inverse(d: np.ndarray) -> np.ndarray:
+def inverse_or_zero(d: np.ndarray) -> np.ndarray:
     """1 / d, and 0 where the reciprocal does not exist in float32: such a block is zero in any 16-bit scale."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / d

@@ -85,8 +85,24 @@ def test_what_is_not_ternary_is_not_taken_for_it():
         spoiled[13, 300] = bad
         assert detect_ternary(spoiled) is None, bad
     assert detect_ternary(np.zeros(4, np.float32)) is None
-    zero = detect_ternary(np.zeros((3, 7), np.float32))
-    assert zero is not None and not zero.dequantize().any()
+
+
+def test_what_may_be_ternary_by_chance_is_not_taken_for_it():
+    draw = np.random.default_rng(3)
+    for shape in ((3, 7), (40, 64)):
+        assert detect_ternary(np.zeros(shape, np.float32)) is None
+    for rows in (1, 6, 300):
+        assert detect_ternary(draw.standard_normal((rows, 1)).astype(np.float32)) is None
+    pairs = np.repeat(draw.standard_normal((300, 1)).astype(np.float32), 2, axis=1)  # two equal weights a row
+    assert detect_ternary(pairs) is None
+
+
+def test_rows_of_zeros_do_not_hide_a_ternary_weight():
+    lattice = random_lattice("ternary", 20, 300, None, 4)
+    lattice.codes[:6] = 0
+    lattice.codes[17] = 0
+    found = detect_ternary(lattice.dequantize())
+    assert found is not None and np.array_equal(found.dequantize(), lattice.dequantize())
 
 
 @pytest.mark.parametrize(
