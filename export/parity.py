@@ -103,7 +103,7 @@ def verify(
     runtime, path = runtime_of(Path(artifact))
     to = TARGET_OF[runtime]
     source = load_source(against)
-    claims = read_claims(path, to, source)
+    claims = read_claims(path, to)
     return judge(
         path,
         to,

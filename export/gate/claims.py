@@ -9,7 +9,6 @@ from typing import Any
 
 from edgewright.errors import BadInput
 from edgewright.export.artifact import manifest_path, read_entry
-from edgewright.export.source import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +16,7 @@ class Claims:
     """What a file is judged by."""
 
     widths: set[str]
+    """Those that the file itself stores: a manifest that names others changes no limit."""
     kept: Mapping[str, str] | None = None
     """As in `identity.differences`; None without a manifest."""
     digests: Mapping[str, str] | None = None
@@ -24,7 +24,7 @@ class Claims:
     """Where the manifest says what the file does not hold."""
 
 
-def read_claims(path: Path, to: str, source: Source) -> Claims:
+def read_claims(path: Path, to: str) -> Claims:
     """The widths of a file, and what else its manifest promises.
 
     Raises:
@@ -37,8 +37,7 @@ def read_claims(path: Path, to: str, source: Source) -> Claims:
     if entry is None:
         return Claims(widths=stored)
     _check_form(entry, path)
-    fallbacks = {each["tensor"]: each["quant"] for each in entry["fallbacks"]}
-    claimed = {entry["quant"], entry["embedding_quant"], *fallbacks.values()}
+    claimed = {entry["quant"], entry["embedding_quant"], *(each["quant"] for each in entry["fallbacks"])}
     contradictions = []
     if entry["to"] != to:
         contradictions.append(f"the manifest says {entry['to']}, but this is {to}")
@@ -46,11 +45,8 @@ def read_claims(path: Path, to: str, source: Source) -> Claims:
         contradictions.append(
             f"the manifest names the widths {_listed(claimed)}, but the file stores {_listed(stored)}"
         )
-    linear = {name for name in entry.get("digests", {}) if name not in (source.embedding, source.head)}
-    if not linear or not linear <= fallbacks.keys():  # something is stored as asked, so the file must show that width
-        claimed &= stored | {entry["embedding_quant"]}
     return Claims(
-        widths=stored if contradictions else claimed | stored,
+        widths=stored,
         kept=entry.get("lattice"),
         digests=entry.get("digests"),
         contradictions=contradictions,

@@ -47,7 +47,8 @@ def widths(path: Path) -> set[str]:
     model = onnx.load(path / "model.onnx", load_external_data=False)
     if _is_traced(model):
         return onnx_plain_reader.widths(path)
-    widths = {_WIDTHS[attributes(node)["bits"]] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    packed = ("MatMulNBits", "GatherBlockQuantized")
+    widths = {_WIDTHS[attributes(node)["bits"]] for node in model.graph.node if node.op_type in packed}
     weights = {tensor.name for tensor in model.graph.initializer}
     plain = any(node.op_type == "MatMul" and node.input[1] in weights for node in model.graph.node)
     return widths | ({"fp32"} if plain else set())

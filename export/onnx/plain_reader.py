@@ -20,6 +20,7 @@ from edgewright.export.onnx.reader import dequantize
 from edgewright.export.source import Source
 
 _PACKED = re.compile(r"(.*)_Q[248](_rows)?")
+_PACKED_NODES = ("MatMulNBits", "GatherBlockQuantized")
 _BITS: dict[object, str] = {2: "ternary", 4: "int4", 8: "int8"}
 _TYPES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -28,7 +29,7 @@ def read_weights(path: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]
     """Checkpoint name and float32 values of every weight of a folder, once for each node that reads it."""
     file = _File(path)
     for node in file.nodes:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        if node.op_type in _PACKED_NODES:
             yield from file.packed(node, source)
         for name, turned in file.plain(node):
             if name in source.files and len(file.initializers[name].dims) == 2:
@@ -42,7 +43,7 @@ def read_weights(path: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]
 def widths(path: Path) -> set[str]:
     """In which widths the matrices of a folder are stored, by the names of `to_onnx.QUANTS`."""
     file = _File(path)
-    packed = {_BITS[attributes(node)["bits"]] for node in file.nodes if node.op_type == "MatMulNBits"}
+    packed = {_BITS[attributes(node)["bits"]] for node in file.nodes if node.op_type in _PACKED_NODES}
     plain = {name for node in file.nodes for name, _ in file.plain(node)}
     kinds = [tensor.data_type for name, tensor in file.initializers.items() if name in plain and len(tensor.dims) == 2]
     return packed | {_TYPES[kind] for kind in kinds if kind in _TYPES}

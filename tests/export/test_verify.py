@@ -15,7 +15,6 @@ import edgewright
 from edgewright.errors import BadInput, RecipeError
 from edgewright.export.gate.claims import read_claims
 from edgewright.export.parity import Parity
-from edgewright.export.source import load_source
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def with_entry(artifact: Path, place: Path, change: Callable[[dict[str, Any]], N
 
 def test_the_widths_of_a_file_without_a_manifest_are_its_own(int8, stories, tmp_path):
     alone = Path(shutil.copy(int8, tmp_path / "alone.gguf"))
-    claims = read_claims(alone, "gguf", load_source(stories))
+    claims = read_claims(alone, "gguf")
     assert (claims.kept, claims.digests, claims.contradictions) == (None, None, [])
     assert {"q8_0"} <= claims.widths
     parity = verified(alone, stories)
@@ -74,7 +73,7 @@ def test_a_folder_of_the_vendors_builder_for_another_model_is_refused(ternary_bu
 
 
 def test_a_true_manifest_contradicts_nothing(int8, stories):
-    claims = read_claims(int8, "gguf", load_source(stories))
+    claims = read_claims(int8, "gguf")
     assert claims.contradictions == [] and claims.digests
     assert verified(int8, stories).gate == "passed"
 
@@ -94,8 +93,16 @@ def test_a_manifest_may_name_a_coarse_width_only_for_what_fell_back(int8, storie
         entry["fallbacks"].append({"tensor": "model.layers.0.mlp.up_proj.weight", "quant": "q8_0", "reason": "?"})
         entry["quant"] = "q2_k"
 
-    claims = read_claims(with_entry(int8, tmp_path, lie), "gguf", load_source(stories))
+    claims = read_claims(with_entry(int8, tmp_path, lie), "gguf")
     assert "q2_k" not in claims.widths
+
+
+def test_a_manifest_cannot_lower_the_bar_of_a_lossless_file(stories, tmp_path):
+    """No tensor and no digest vouches for the width that it adds."""
+    exact = edgewright.export(stories, to="gguf", quant="f32", out=tmp_path / "exact", verify=False).path
+    path = with_entry(exact, tmp_path, lambda entry: entry.update(embedding_quant="q2_k", digests={}, quant="f32"))
+    parity = verified(path, stories)
+    assert (parity.gate, parity.kl_limit) == ("passed", 1e-5)
 
 
 def test_a_manifest_for_another_target_is_named(int8, stories, tmp_path):
