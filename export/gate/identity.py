@@ -32,8 +32,8 @@ def differences(
         path: the file or folder.
         to: its target.
         source: the checkpoint.
-        kept: what the manifest says about each lattice (`Written.lattice`); None without a manifest, when a scale may
-            be rounded to fp16.
+        kept: what the manifest says about each lattice (`Written.lattice`). Where it is silent, or says that
+            something was lost without a digest of what is left, scales may be rounded to fp16 and no more.
         digests: what each matrix must give back (`Written.digests`).
         each: is shown every weight that the file holds, by checkpoint name; a file is read only once.
     """
@@ -47,7 +47,7 @@ def differences(
             found.append(f"{name} {reason}")
         if each is not None:
             each(name, values)
-    missing = sorted({*source.lattice, *digests} - seen)
+    missing = sorted({*source.files, *digests} - seen)  # a tied head is not in the checkpoint's files either
     return found + [f"{name} is not in the file" for name in missing]
 
 
@@ -60,13 +60,14 @@ def _difference(
     if expected is not None and digest(values) != expected:
         return "is not what was laid out"
     if name not in source.lattice or name in source.calibrated:
-        return None if expected is not None or name not in source.files else _unlike(values, source.matrix(name))
-    right = source.lattice[name]
-    if kept is None and _unequal(values, right.dequantize()):
-        right = right.scales_rounded(np.float16)
-    if kept is None or kept.get(name) == "exact":
-        return _unequal(values, right.dequantize())
-    return None
+        return _unlike(values, source.matrix(name)) if name in source.files else None
+    right, claim = source.lattice[name], None if kept is None else kept.get(name)
+    exact = _unequal(values, right.dequantize())
+    if exact is None or claim == "exact":
+        return exact
+    if claim is not None and expected is not None:  # it says what was lost, and its digest that this is all
+        return _unlike(values, right.dequantize())
+    return _unequal(values, right.scales_rounded(np.float16).dequantize())
 
 
 def _unlike(values: np.ndarray, right: np.ndarray) -> str | None:

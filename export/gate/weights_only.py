@@ -23,8 +23,13 @@ class WeightsOnly:
         self._prefix = f"{model.base_model_prefix}."
         self.changed = False
         """Whether any weight is another than before."""
-        self.complete = True
-        """Whether all of them had a place in the model."""
+        self._waiting = {value.data_ptr() for value in self._state.values()}  # tied weights have one address
+        self._misfit = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight of the model has come, and each that came had a place in it."""
+        return not self._misfit and not self._waiting
 
     def __call__(self, name: str, values: np.ndarray) -> None:
         """Take a weight: float32, a matrix `[out, in]`."""
@@ -32,8 +37,10 @@ class WeightsOnly:
         oriented = values.T if self._source.stores_transposed(name) else values
         value = torch.from_numpy(np.require(oriented, np.float32, ["C", "W"]))
         if place is None or place.shape != value.shape:
-            self.complete = False
-        elif not torch.equal(place, value):
+            self._misfit = True
+            return
+        self._waiting.discard(place.data_ptr())
+        if not torch.equal(place, value):
             place.copy_(value)
             self.changed = True
 
