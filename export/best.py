@@ -37,7 +37,7 @@ BITS = {
 """Bits a weight takes, scales included: to leave out what cannot fit the budget before it is written."""
 
 SIBLINGS = {
-    "bf16": "f16", "q5_0": "q5_k_m", "q5_k": "q5_k_m", "q4_1": "q4_k_m", "q4_k": "q4_k_m", "iq4_nl": "q4_k_m",
+    "q5_0": "q5_k_m", "q5_k": "q5_k_m", "q4_1": "q4_k_m", "q4_k": "q4_k_m", "iq4_nl": "q4_k_m",
     "q3_k": "q3_k_m", "q2_0": "tq2_0",
 }  # fmt: skip
 """Widths that stand back for one that is about as small and fast, and better."""
@@ -179,6 +179,8 @@ def _unfit(candidate: Candidate, source: Source, budget: float) -> str:
         return f"its runtime is not installed: {SESSIONS[runtime][3]}"
     if candidate.quant in TERNARY and not any(lattice.levels == "ternary" for lattice in source.lattice.values()):
         return "the weights were not trained ternary"
+    if candidate.quant == "bf16":
+        return "16 bits are tried as f16"
     if candidate.quant in SIBLINGS:
         return f"{SIBLINGS[candidate.quant]} is tried in its place"
     estimate = estimated_bytes(source, candidate.quant, candidate.embedding_quant)

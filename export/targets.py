@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from edgewright.errors import BadInput, GateFailed, RecipeError
-from edgewright.export.artifact import Artifact, Written, drop_entry, hash_of, read_entry, size_of, write_entry
+from edgewright.export.artifact import (
+    MANIFEST,
+    Artifact,
+    Written,
+    drop_entry,
+    hash_of,
+    read_entry,
+    size_of,
+    write_entry,
+)
 from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
 from edgewright.export.staging import folder, remove, staged, swap
 from edgewright.files import disk_errors
@@ -246,8 +255,30 @@ def make(
     """
     writer = importlib.import_module(TARGETS[to].module)
     written: Written = writer.write(source, place, quant=quant, embedding_quant=embedding_quant)
+    _refuse_wrong_name(source, to, quant, written)
     parity = _gate(place, to, quant, written, source, max_kl, threads, reference) if verify else None
     return Made(place=place, written=written, entry=_entry(place, to, quant, written, source, parity))
+
+
+def _refuse_wrong_name(source: Source, to: str, quant: str, written: Written) -> None:
+    """Refuse a file without a single linear weight in the width that it is called after.
+
+    Raises:
+        BadInput: EW-514.
+    """
+    wider = {fallback.tensor: fallback for fallback in written.fallbacks}
+    linears = set(source.linears) - {source.head}
+    if not linears or linears - set(wider):
+        return
+    stored = sorted({wider[name].quant for name in linears})
+    raise BadInput(
+        "EW-514",
+        f"no weight of this model fits {quant} in {to}",
+        where=source.directory.absolute(),
+        expected="at least one linear weight that is stored as asked",
+        found=f"all would be {' or '.join(stored)}: {wider[min(linears)].reason}",
+        fix=f"choose {stored[-1]}; ternary weights must be trained: edgewright run with the ternary method",
+    )
 
 
 def install(made: Made, final: Path) -> None:
@@ -406,11 +437,13 @@ def final_path(out: Path, target: Target, source: Source, quant: str) -> Path:
         if out.exists() and not replaceable(out):
             raise occupied(out, "a new folder, an empty one, or one that holds nothing but an earlier export")
         return out
-    if out.suffix == target.suffix and not out.is_dir():
-        return out
-    if out.exists() and not out.is_dir():
+    if out.exists() and not out.is_dir() and out.suffix != target.suffix:
         raise occupied(out, f"a directory, or a name that ends in {target.suffix}")
-    return out / f"{source.name}-{quant}{target.suffix}"
+    single = out.suffix == target.suffix and not out.is_dir()
+    final = out if single else out / f"{source.name}-{quant}{target.suffix}"
+    if final.exists() and read_entry(final) is None:
+        raise occupied(final, f"no file, or one that {MANIFEST} beside it names")
+    return final
 
 
 def replaceable(out: Path) -> bool:

@@ -119,7 +119,8 @@ def _candidates(candidates: list[dict[str, Any]]) -> str:
 
 def _parity_line(parity: dict[str, Any]) -> str:
     return (
-        f"max |logit difference| {say.small(parity['max_abs_diff'])}, KL {say.small(parity['kl'])}, "
+        f"max |logit difference| {say.small(parity['max_abs_diff'])}, KL {say.small(parity['kl'])} "
+        f"(allowed {say.small(parity['kl_limit'])}), "
         f"same top token {say.share(parity['top1_agreement'])}"
     )
 
@@ -132,7 +133,7 @@ def _verify(result: dict[str, Any]) -> str:
         ("file", str(result["path"])),
         ("against", str(result["against"])),
         ("max |logit difference|", say.small(result["max_abs_diff"])),
-        ("KL, nats per token", kl),
+        ("KL, nats per token", f"{kl}  allowed {say.small(result['kl_limit'])}"),
         ("of it the weights", say.small(result["kl_weights"])),
         ("added by the runtime", say.small(result["kl_runtime"])),
         ("perplexity ratio", say.small(result["perplexity_ratio"])),

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,10 +58,15 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or quota into an error that says where, how much is free and what to do (EW-401)."""
+    """Turn a full disk or quota (EW-401) and a place that cannot be written (EW-407) into errors that say where."""
     try:
         yield
     except Exception as error:
+        if _is_closed(error, path):
+            raise OutOfResources(
+                "EW-407", "this place cannot be written", where=path, expected="a folder that this user may write to",
+                found=str(error), fix="choose another place, or change its permissions",
+            ) from error  # fmt: skip
         if not _disk_is_full(error):
             raise
         status = os.statvfs(path.parent if path.parent.exists() else Path.cwd())
@@ -74,7 +80,16 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def _disk_is_full(error: Exception) -> bool:
-    """Also true for libraries (safetensors) that hide the errno in a message."""
+    """Also true for libraries (safetensors, numpy) that hide the errno in a message."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return os.strerror(errno.ENOSPC) in str(error)
+    text = str(error)
+    return os.strerror(errno.ENOSPC) in text or re.fullmatch(r"\d+ requested and \d+ written", text) is not None
+
+
+def _is_closed(error: Exception, path: Path) -> bool:
+    """Whether this is about writing to `path` or beside it, where nobody or not this user may write."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT):
+        return False
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return any(name in (path, path.parent) or name.parent == path.parent for name in named)

@@ -279,6 +279,7 @@ def test_a_failed_verification_is_5(edgewright: Run, monkeypatch: pytest.MonkeyP
 
     shown = {
         "path": "a", "against": "b", "max_abs_diff": 3.0, "kl": 0.5, "kl_ci": [0.4, 0.6], "top1_agreement": 0.5,
+        "kl_limit": 0.25,
         "kl_weights": 0.4375, "kl_runtime": 0.125, "perplexity_ratio": 1.75,
         "greedy_identity": 0.1, "lattice_identity": False, "gate": "failed", "reasons": ["the KL is too large"],
     }  # fmt: skip
