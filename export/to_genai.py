@@ -1,14 +1,13 @@
 """ONNX Runtime GenAI: a folder that `onnxruntime_genai.Model` opens as it is.
 
 The graph comes from the vendor's builder in fp32 (GroupQueryAttention, shared key-value buffer) where that is right,
-else it is traced; `genai_families.FAMILIES` is that choice. Its weights are then laid out by `onnx_packing.Packer`: at
+else it is traced; `genai/families.FAMILIES` is that choice. Its weights are then laid out by `onnx/packing.Packer`: at
 ternary 2 bits and one fp32 scale per 128 weights, 2.25 bits a weight.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -20,12 +19,15 @@ import numpy as np
 from edgewright.errors import BadInput
 from edgewright.export.artifact import Written, sync
 from edgewright.export.genai.builder import build, check_installed
-from edgewright.export.genai.families import builders_family, check_positions, checkpoint_names
+from edgewright.export.genai.families import builders_family, checkpoint_names
 from edgewright.export.genai.traced import write_traced
 from edgewright.export.gguf.architecture import windows
+from edgewright.export.onnx.decoder_graph import check_positions
 from edgewright.export.onnx.packing import Packed, Packer, broken_graph
+from edgewright.export.scratch import scratch
 from edgewright.export.source import Source
 from edgewright.export.to_onnx import write_tokenizer
+from edgewright.export.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from edgewright.export.onnx.graph import Graph
@@ -49,7 +51,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         directory: made if it is not there; the caller swaps it into place.
         quant: one of `QUANTS`.
         embedding_quant: of token embedding and head, one of `EMBEDDING_QUANTS`; None takes
-            `onnx_packing.EMBEDDING_DEFAULT`, or the lattice of a head that was trained on one.
+            `onnx/packing.EMBEDDING_DEFAULT`, or the lattice of a head that was trained on one.
 
     Raises:
         BadInput: EW-603 without onnxruntime-genai; EW-520, its builder refuses the model; EW-522, EW-523, EW-546
@@ -58,10 +60,15 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
     """
     check_installed()
     check_positions(source)
+    written = _written(source, directory, quant=quant, embedding_quant=embedding_quant)
+    return replace(written, notes=[*written.notes, *_tokenizer_notes(source)])
+
+
+def _written(source: Source, directory: Path, *, quant: str, embedding_quant: str | None) -> Written:
     if builders_family(source) is None:
         return write_traced(source, directory, quant=quant, embedding_quant=embedding_quant)
-    with tempfile.TemporaryDirectory(prefix="edgewright-genai-") as scratch:
-        built = Path(scratch) / "built"
+    with scratch(directory) as place:
+        built = place / "built"
         build(source.directory, built)
         return pack(built, source, directory, quant=quant, embedding_quant=embedding_quant)
 
@@ -96,8 +103,20 @@ def pack(built: Path, source: Source, directory: Path, *, quant: str, embedding_
     )
 
 
+def _tokenizer_notes(source: Source) -> list[str]:
+    """What the runtime's own tokenizer leaves out: the special tokens that the checkpoint's puts around a text."""
+    tokenizer = open_tokenizer(source.directory)
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    if plain == whole:
+        return []
+    return [
+        f"onnxruntime_genai's tokenizer adds no special tokens, the checkpoint's encodes 'a' as {whole}: "
+        "put them around the prompt yourself"
+    ]
+
+
 def _mend(graph: Graph, source: Source, decoder: dict[str, Any]) -> None:
-    """Change what the builder gets wrong, or the runtime does not take; see `genai_families`.
+    """Change what the builder gets wrong, or the runtime does not take; see `genai/families`.
 
     Args:
         graph: in fp32.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from edgewright.errors import BadInput
+from edgewright.export.scratch import scratch
 
 PACKAGES = ("onnxruntime_genai", "onnx_ir")
 """What the builder imports; onnxruntime-genai does not declare the second one."""
@@ -39,13 +40,14 @@ def build(model: Path, directory: Path) -> None:
         BadInput: EW-603, it is not installed; EW-520, it cannot make a graph of this model.
     """
     check_installed()
-    with tempfile.TemporaryDirectory(prefix="edgewright-builder-") as scratch:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model.resolve())]
-        command += ["-o", str(directory.resolve()), "-p", "fp32", "-e", "cpu", "-c", scratch]
+    with scratch(directory) as place:
+        given = _in_float32(model, Path(scratch) / "model")
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(given)]
+        command += ["-o", str(directory.resolve()), "-p", "fp32", "-e", "cpu", "-c", str(place)]
         result = subprocess.run(
             command,
-            env=_environment(scratch),
-            cwd=scratch,
+            env=_environment(str(place)),
+            cwd=place,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -64,8 +66,20 @@ def build(model: Path, directory: Path) -> None:
         )
 
 
-def _environment(scratch: str) -> dict[str, str]:
+def _in_float32(model: Path, directory: Path) -> Path:
+    """The same model with a config that says float32: the builder rounds the weights to the type that stands there."""
+    directory.mkdir(parents=True)
+    for path in model.resolve().iterdir():
+        if path.name != "config.json":
+            (directory / path.name).symlink_to(path)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    (directory / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    return directory
+
+
+def _environment(home: str) -> dict[str, str]:
     """The caller's environment without what could make the builder reach out, warn, or find the caller's caches."""
     dropped = ("HF_", "HUGGING", "TRANSFORMERS_", "PYTHONWARNINGS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "TOKENIZERS_PARALLELISM": "false"}
+    return kept | {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "TOKENIZERS_PARALLELISM": "false"}

@@ -65,7 +65,35 @@ class GenaiSession(Session):
 
         tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
         tokenizer.encode_special_tokens = True
+        self._check_tokenizer(tokenizer)
         return tokenizer
+
+    def _check_tokenizer(self, tokenizer: Any) -> None:
+        """The runtime reads tokenizer.json with code of its own, which does not know all that may stand there.
+
+        Raises:
+            BadInput: EW-619, it splits a text otherwise.
+        """
+        from edgewright.export.gate.texts import PROBES
+
+        try:
+            own = _runtime().Tokenizer(self._model)
+            wrong = [
+                text
+                for text in PROBES
+                if list(own.encode(text)) != tokenizer.encode(text, add_special_tokens=False).ids
+            ]
+        except RuntimeError as error:
+            wrong = [str(error)[:200]]
+        if wrong:
+            raise BadInput(
+                "EW-619",
+                "ONNX Runtime GenAI splits text into other tokens than tokenizer.json says",
+                where=self.path,
+                expected="a tokenizer that the runtime knows: BPE as Llama, GPT-2 or Qwen have it",
+                found=ascii(wrong[0]),
+                fix="export to openvino, onnx or gguf",
+            )
 
     @cached_property
     def capabilities(self) -> Capabilities:  # type: ignore[override]

@@ -208,3 +208,37 @@ def test_a_damaged_folder_is_told(folder: Path, tmp_path: Path) -> None:
     (broken / "model.onnx.data").write_bytes(b"")
     with pytest.raises(BadInput, match=r"\[EW-604\]"):
         GenaiSession(broken)
+
+
+def test_a_tokenizer_that_the_runtime_does_not_know_is_refused(stories, tmp_path):
+    """The runtime's own tokenizer ignores a normalizer that lower-cases; its ids would be those of other text."""
+    import edgewright
+
+    model = tmp_path / "model"
+    shutil.copytree(stories, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    steps = [{"type": "Lowercase"}, tokenizer["normalizer"]] if tokenizer.get("normalizer") else [{"type": "Lowercase"}]
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BadInput, match="EW-619"):
+        edgewright.export(model, to="genai", quant="int8", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_runtimes_tokenizer_leaves_out_is_said(stories, tmp_path):
+    import edgewright
+
+    made = edgewright.export(stories, to="genai", quant="int8", out=tmp_path / "out", verify=False)
+    assert "adds no special tokens" in made.notes[0]
+
+
+def test_a_config_that_names_a_narrower_type_than_the_weights_is_no_rounding(ternary_model, tmp_path):
+    """The builder would round the weights to the type in config.json."""
+    import edgewright
+
+    model = tmp_path / "model"
+    shutil.copytree(ternary_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    made = edgewright.export(model, to="genai", quant="ternary", out=tmp_path / "out")
+    assert made.gate == "passed"
