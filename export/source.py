@@ -45,14 +45,14 @@ class Source:
     tokenizer_config: dict[str, Any]
     """tokenizer_config.json; empty where there is none."""
     lattice: dict[str, LatticeTensor]
-    """The quantized weights by state-dict name, `[out, in]`: the sidecar's, or those of linear layers found to be
-    on a lattice."""
+    """The quantized weights by state-dict name, `[out, in]`: the sidecar's, or those of linear layers and the token
+    embedding that were found to be on a lattice."""
     files: Mapping[str, Path]
     """The safetensors file of every tensor."""
     stored: Mapping[str, str]
     """The name of a tensor in its file, where it differs from the state dict's."""
     sha256: str
-    """Of the weight files, in the order of their names."""
+    """Of the weight files, in the order of their names; of the sidecar as well where `restored` is its."""
     restored: frozenset[str] = frozenset()
     """The names whose exact values are the lattice's, because the files round them."""
     calibrated: frozenset[str] = frozenset()
@@ -109,6 +109,10 @@ class Source:
         """The shape of a tensor, without reading it."""
         self._file(name)
         return self.architecture.shapes[name]
+
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of `matrix`, without reading it."""
+        return self.shape(name)[:: -1 if self.stores_transposed(name) else 1]
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor as float32; f32, f16 and bf16 are exact.
@@ -181,22 +185,23 @@ def load_source(directory: Path | str) -> Source:
         return replace(plain, lattice=lattice, restored=tensors.packed)
     if (directory / SIDECAR).exists():
         lattice, restored = _checked_sidecar(plain)
-        return replace(plain, lattice=lattice, restored=restored)
+        sha256 = weights_sha256(directory, sidecar=True) if restored else plain.sha256
+        return replace(plain, lattice=lattice, restored=restored, sha256=sha256)
     return replace(plain, lattice=_detected(plain))
 
 
 def _unpacked(source: Source, packing: Packing, paths: Mapping[str, Path], name: str) -> LatticeTensor:
     """A weight that the files hold packed; they always hold it `[out, in]`."""
-    rows, columns = source.architecture.shapes[name][:: -1 if source.stores_transposed(name) else 1]
+    rows, columns = source.matrix_shape(name)
     settings = source.config["quantization_config"]
     return packing.read(paths, source.stored.get(name, name), (rows, columns), settings)
 
 
-def weights_sha256(directory: Path) -> str:
-    """sha256 over the safetensors files of a model, in the order of their names; the lattice's file is not one."""
+def weights_sha256(directory: Path, *, sidecar: bool = False) -> str:
+    """sha256 over the safetensors files of a model, in the order of their names; of the lattice's file if asked."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name != SIDECAR:
+        if sidecar or path.name != SIDECAR:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
@@ -248,7 +253,8 @@ def _named_tensors(
     """The tensors of the files, by their names in the state dict.
 
     Raises:
-        BadInput: EW-324, weights are missing or of another shape; EW-329, there are tensors that it does not know.
+        BadInput: EW-324, weights are missing or of another shape; EW-329, there are tensors that it does not know, or
+            two that are one.
     """
     files: dict[str, Path] = {}
     stored: dict[str, str] = {}
@@ -262,6 +268,8 @@ def _named_tensors(
         if name is None:
             unknown += [] if architecture.ignores(key) else [key]
             continue
+        if name in files:
+            raise _stored_twice(directory, name, [stored.get(name, name), key])
         files[name], shapes[name] = path, shape
         if name != key:
             stored[name] = key
@@ -280,6 +288,17 @@ def _named_tensors(
     _untie(architecture, files, stored, shapes)
     _check_complete(directory, architecture, shapes)
     return _Tensors(files=files, stored=stored, packed=frozenset(packed))
+
+
+def _stored_twice(directory: Path, name: str, keys: list[str]) -> BadInput:
+    return BadInput(
+        "EW-329",
+        f"the files hold the weight {name!r} twice",
+        where=directory.absolute(),
+        expected="every weight under one name",
+        found=" and ".join(map(repr, keys)),
+        fix="save the model again with save_pretrained, so that each weight is there once",
+    )
 
 
 def _untie(
@@ -343,8 +362,9 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 
 def _detected(source: Source) -> dict[str, LatticeTensor]:
-    """The linear weights whose values turn out to lie on a lattice; read one after the other."""
-    found = {name: detect_lattice(source.matrix(name)) for name in source.linears}
+    """The linear weights and token embeddings whose values turn out to lie on a lattice; read one after the other."""
+    names = dict.fromkeys([*source.linears, source.embedding])
+    found = {name: detect_lattice(source.matrix(name)) for name in names}
     return {name: lattice for name, lattice in found.items() if lattice is not None}
 
 

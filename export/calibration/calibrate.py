@@ -176,7 +176,7 @@ class _Work:
         self.say(f"measuring how sensitive {len(parts)} parts of the model are")
         losses = measure(self.model, self.sequences, parts, self.layers, lambda name: self.searched(name).dequantize())
         units = [
-            Unit(tuple(part), sum(widening(self.source.matrix(name).shape, self.group) for name in part), loss)
+            Unit(tuple(part), sum(widening(self.source.matrix_shape(name), self.group) for name in part), loss)
             for part, loss in zip(parts, losses, strict=True)
         ]
         wide = choose(units, spare)
@@ -216,11 +216,14 @@ def _prepare(
     layers = weight_layers(model, find_blocks(model), **ends)
     for name in source.lattice.keys() & layers.keys():  # the lattice may be finer than the files
         set_matrix(layers[name], source.lattice[name].dequantize())
+    outside = [name for name in source.linears if name not in layers and name not in source.lattice]
+    if outside:
+        say(f"outside the decoder blocks, so rounded plainly: {', '.join(outside)}")
     widths = {name: embedding_bits if name in ends.values() else bits for name in layers}
     chosen = {
         name: width
         for name, width in widths.items()
-        if width is not None and name not in source.lattice and source.matrix(name).shape[1] % columns_of == 0
+        if width is not None and name not in source.lattice and source.matrix_shape(name)[1] % columns_of == 0
     }
     importance = mean_squares(model, layers, sequences, **ends)
     return _Work(

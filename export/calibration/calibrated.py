@@ -62,8 +62,8 @@ def calibrated_source(
     widths = BITS.get(to, {})
     if quant in IMATRIX.get(to, ()):
         return calibrate(source, files=files, method="imatrix", threads=threads, say=say), embedding_quant
-    if quant not in widths:
-        raise _useless(to, quant)
+    if quant not in widths or method == "imatrix":
+        raise _useless(to, quant, method)
     bits = widths[quant]
     if budget_mb is None or bits != NARROW:
         group = WIDE_GROUPS.get(to, 32) if bits != NARROW else 32
@@ -116,7 +116,8 @@ class Calibrations:
         from edgewright.export.calibration.sensitivity import NARROW
 
         widths = BITS.get(to, {})
-        if self._files is None or quant not in (*widths, *IMATRIX.get(to, ())):
+        useful = (*(widths if self._method != "imatrix" else ()), *IMATRIX.get(to, ()))
+        if self._files is None or quant not in useful:
             return self._source
         if quant not in widths:
             key: tuple[object, ...] = ("imatrix",)
@@ -133,7 +134,15 @@ class Calibrations:
         return self._made[key]
 
 
-def _useless(to: str, quant: str) -> RecipeError:
+def _useless(to: str, quant: str, method: str) -> RecipeError:
+    if method == "imatrix" and quant in BITS.get(to, {}):
+        return RecipeError(
+            "EW-555",
+            f"calibration by imatrix cannot help {quant} in {to}: it only weighs columns for K-quants",
+            expected="the method gptq or search, or a K-quant of gguf",
+            found=f"{method} and {quant}",
+            fix="leave out --method",
+        )
     usable = [*BITS.get(to, {}), *IMATRIX.get(to, ())]
     return RecipeError(
         "EW-555",

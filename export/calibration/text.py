@@ -59,8 +59,7 @@ def read_text(
     Raises:
         BadInput: EW-2xx, a file that cannot be read; EW-550, too little text.
     """
-    from edgewright.data.files import find
-
+    paths = _found(files)
     length = min(LENGTH, int(source.config.get("max_position_embeddings") or LENGTH))
     wanted = max(max_tokens, length)
     stream: list[int] = []
@@ -79,8 +78,25 @@ def read_text(
     count = len(stream) // length
     sequences = np.array(stream[: count * length], np.int64).reshape(count, length)
     drawn = np.random.default_rng(seed).permutation(count)[: max(1, max_tokens // length)]
-    paths = [path for _, path in find(tuple(map(str, files)))]
     return CalibrationText(sequences=sequences[np.sort(drawn)], files=tuple(sha256_file(path) for path in paths))
+
+
+def _found(files: Sequence[str | Path]) -> list[Path]:
+    """The files, sorted; errors name --calibrate, not the recipe's key for training text."""
+    from edgewright.data.files import find
+
+    try:
+        return [path for _, path in find(tuple(map(str, files)))]
+    except BadInput as error:
+        fix = None if error.fix is None else error.fix.replace("data.files", "--calibrate")
+        raise BadInput(
+            error.code,
+            error.what.replace("data.files", "--calibrate"),
+            where=error.where,
+            expected=error.expected,
+            found=error.found,
+            fix=fix,
+        ) from error
 
 
 def _documents(source: Source, files: Sequence[str | Path]) -> Iterator[list[int]]:

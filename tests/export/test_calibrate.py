@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, save_family
 
 import edgewright
 from edgewright.errors import BadInput, RecipeError
 from edgewright.export.artifact import read_entry
 from edgewright.export.calibration.calibrate import calibrate
+from edgewright.export.calibration.calibrated import Calibrations
 from edgewright.export.calibration.decoder_blocks import (
     block_arguments,
     find_blocks,
@@ -190,6 +191,26 @@ def test_too_little_text(tiny_model, tmp_path):
         calibrate(load_source(tiny_model("llama")), files=[tmp_path / "short.txt"])
 
 
+def test_a_missing_file_is_one_of_calibrate(tiny_model, tmp_path):
+    source = load_source(tiny_model("llama"))
+    with pytest.raises(BadInput, match=r"(?s)no file matches --calibrate \[EW-203\].*check --calibrate"):
+        calibrate(source, files=[tmp_path / "gone.txt"])
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(BadInput, match=r"(?s)EW-204.*narrow --calibrate"):
+        calibrate(source, files=[tmp_path / "model.bin"])
+
+
+def test_layers_outside_the_blocks_are_named(text, tmp_path, monkeypatch):
+    """OPT-350m's embedding is narrower than its blocks: two projections stand between."""
+    monkeypatch.setitem(FAMILIES, "opt-narrow", ("OPTForCausalLM", {**FAMILIES["opt"][1], "word_embed_proj_dim": 32}))
+    source = load_source(save_family("opt-narrow", tmp_path / "opt"))
+    lines: list[str] = []
+    done = calibrate(source, files=[text], method="search", max_tokens=512, say=lines.append)
+    names = {"model.decoder.project_in.weight", "model.decoder.project_out.weight"}
+    assert names <= set(source.linears) and not names & done.lattice.keys()
+    assert any(all(name in line for name in names) and "rounded plainly" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"method": "magic"}, "gptq, search, imatrix"), ({"bits": 3}, "4 or 8"), ({"embedding_bits": 16}, "4 or 8")],
@@ -269,6 +290,17 @@ def test_a_file_keeps_its_budget(stories, story_files, tmp_path):
     with pytest.raises(BadInput, match=r"(?s)even with 4 bits everywhere.*EW-553.*at least 0.24 MB.*0.2 MB"):
         edgewright.export(stories, out=tmp_path / "no", budget_mb=0.2, **settings)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "fits" not in path.parts]
+
+
+@pytest.mark.parametrize(("to", "quant"), [("gguf", "q4_0"), ("gguf", "q8_0"), ("onnx", "int4")])
+def test_importance_alone_is_refused_where_nothing_takes_it(to, quant, tiny_model, text, tmp_path):
+    with pytest.raises(RecipeError, match=r"(?s)by imatrix cannot help.*EW-555.*gptq or search"):
+        edgewright.export(
+            tiny_model("llama"), to=to, quant=quant, out=tmp_path / "out", calibrate=[text], method="imatrix"
+        )
+    source = load_source(tiny_model("llama"))
+    best = Calibrations(source, files=[text], method="imatrix", threads=1, say=print)
+    assert best.of(to, quant, "f16") is source
 
 
 @pytest.mark.parametrize(("to", "quant"), [("gguf", "tq2_0"), ("gguf", "f16"), ("genai", "ternary"), ("hf", "fp16")])
