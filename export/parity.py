@@ -59,6 +59,9 @@ class Parity:
     tokenizer_identity: bool
     lattice_identity: bool
     tokens: int
+    longest_text: int
+    context_length: int
+    skipped: dict[str, str]
     gate: Literal["passed", "failed"]
     reasons: list[str]
     """Why the gate failed; empty when it passed."""

@@ -14,8 +14,11 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.gate.divergence import TIE, interval, kl, regret, surprise
-from edgewright.export.gate.reference import FULL, SPECIAL, WRITTEN, Greedy, Reading, Reference, read, rows_of
+from edgewright.export.gate.reference import LONGEST, SPECIAL, WRITTEN, Greedy, Reading, Reference, read, rows_of
 from edgewright.export.runtimes.session import Session
+
+FULL, LONG = "full context", "long text"
+"""What reading the longest text is called: it fills the checkpoint's context, or it does not."""
 
 SHARE = 0.99
 """Share of the positions at which a file's first choice may cost no more than its limit."""
@@ -58,6 +61,12 @@ class Comparison:
     """Whether both split text alike."""
     tokens: int
     """Positions that were compared, all ways together."""
+    longest_text: int
+    """Tokens of the longest text that the file read."""
+    context_length: int
+    """Tokens that the checkpoint's context holds; what lies beyond `longest_text` was not looked at."""
+    skipped: dict[str, str]
+    """The ways to read that were left out, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +126,9 @@ def compare(reference: Reference, candidate: Session, own: Mapping[str, Reading]
         greedy_agreement=float(np.mean(shares)),
         tokenizer_identity=all(candidate.tokenize(text) == tokens for text, tokens in reference.splits.items()),
         tokens=len(regrets),
+        longest_text=_longest(reference, candidate),
+        context_length=reference.context_length,
+        skipped=_skipped(reference, candidate),
     )
 
 
@@ -159,7 +171,7 @@ def _ways(reference: Reference, session: Session) -> Iterator[_Found]:
     if session.capabilities.rewind and len(written) > third:
         session.rewind(third)
         yield _Found("after a rewind", WRITTEN, third, rows_of(session, written[third:]))
-    yield from _full_context(reference, session)
+    yield from _long_text(reference, session)
     if session.capabilities.left_padding:
         names = [*reference.real, WRITTEN]
         batch = [texts[name][: len(texts[name]) // (1 + index)] for index, name in enumerate(names)]
@@ -167,18 +179,42 @@ def _ways(reference: Reference, session: Session) -> Iterator[_Found]:
             yield _Found("left-padded batch", name, 0, rows)
 
 
-def _full_context(reference: Reference, session: Session) -> Iterator[_Found]:
+def _long_text(reference: Reference, session: Session) -> Iterator[_Found]:
     """The end of the longest text, and once more token by token after a rewind."""
-    if FULL not in reference.readings:
+    if LONGEST not in reference.readings:
         return
-    reading = reference.readings[FULL]
+    reading = reference.readings[LONGEST]
     if len(reading.tokens) > session.context_length:
         return  # the runtime's cache is shorter; the checkpoint's logits were kept for the end of its own only
-    yield _Found("full context", FULL, reading.first, read(session, reading.tokens, last=len(reading.rows)))
+    way = FULL if len(reading.tokens) == reference.context_length else LONG
+    yield _Found(way, LONGEST, reading.first, read(session, reading.tokens, last=len(reading.rows)))
     if session.capabilities.rewind:
         session.rewind(reading.first)
         rows = [rows_of(session, [token]) for token in reading.tokens[reading.first :]]
-        yield _Found("full context, decoding", FULL, reading.first, np.concatenate(rows))
+        yield _Found(f"{way}, decoding", LONGEST, reading.first, np.concatenate(rows))
+
+
+def _longest(reference: Reference, session: Session) -> int:
+    read_whole = [len(reading.tokens) for name, reading in reference.readings.items() if name != LONGEST]
+    long = len(reference.readings[LONGEST].tokens) if LONGEST in reference.readings else 0
+    return max(*(min(length, session.context_length) for length in read_whole), long * (long <= session.context_length))
+
+
+def _skipped(reference: Reference, session: Session) -> dict[str, str]:
+    """What `_ways` left out, in words."""
+    longest, context = _longest(reference, session), reference.context_length
+    skipped = {}
+    if longest < context:
+        shorter = session.context_length < context
+        why = f"the runtime holds {session.context_length} tokens only" if shorter else "it would cost too much time"
+        skipped[FULL] = f"{why}; the longest text had {longest} of {context} tokens"
+    if SPECIAL not in reference.readings:
+        skipped["special tokens"] = "the tokenizer has none"
+    if not session.capabilities.rewind:
+        skipped["after a rewind"] = f"{session.runtime} cannot rewind"
+    if not session.capabilities.left_padding:
+        skipped["left-padded batch"] = f"{session.runtime} reads one text at a time"
+    return skipped
 
 
 def _measure(found: _Found, reference: Reference, own: Mapping[str, Reading] | None) -> _Measured:

@@ -25,12 +25,12 @@ GREEDY_TOKENS = 16
 PROMPT = 12
 """Tokens of a prompt."""
 LAST = 32
-"""Positions at the end of a full context that are compared."""
+"""Positions at the end of the longest text that are compared."""
 MAX_SPECIALS = 16
 MAX_LOGITS = 2**26
 """Logits kept at most (256 MB); a vocabulary above 100,000 gets shorter texts."""
 
-WRITTEN, SPECIAL, FULL = "written", "special", "full context"
+WRITTEN, SPECIAL, LONGEST = "written", "special", "longest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +72,11 @@ class Reference:
     name: str
     """Of the checkpoint, for messages."""
     vocab_size: int
+    context_length: int
+    """The checkpoint's, in tokens."""
     readings: dict[str, Reading]
-    """By name: real texts, `WRITTEN`, `SPECIAL` (special tokens between words), `FULL` (where compute allows)."""
+    """By name: real texts, `WRITTEN`, `SPECIAL` (special tokens between words), `LONGEST` (as long as the
+    context, or as compute allows; left out where the real texts reach as far)."""
     real: tuple[str, ...]
     """The names of the real texts."""
     greedy: list[Greedy]
@@ -101,7 +104,8 @@ def read_reference(
         session: it must give logits and rewind.
         texts: real texts by name; by default the built-in ones (`texts.REAL`). All share 384 tokens.
         specials: ids of special tokens to mix into a text.
-        full_context: read a text of this length to its end, where the context holds it; 0 leaves that out.
+        full_context: tokens that a text may have which is read to the end of the context; a longer context is read
+            as far as that ("long text"), and 0 leaves it out.
         seed: of the text that the model writes.
     """
     texts = REAL if texts is None else texts
@@ -117,12 +121,13 @@ def read_reference(
     readings[WRITTEN] = _written_by(session, min(context, max(16, int(share * WRITTEN_TOKENS))), seed)
     if min(full_context, context) > size:
         text = [every[index % len(every)] for index in range(min(full_context, context))]
-        readings[FULL] = Reading(text, read(session, text, last=min(LAST, len(text))))
+        readings[LONGEST] = Reading(text, read(session, text, last=min(LAST, len(text))))
     count = max(1, min(GREEDY_TOKENS, context - PROMPT))
     prompts = [[session.start_id], *(tokens[name][: max(1, min(PROMPT, context // 2))] for name in texts)]
     return Reference(
         name=str(session.path),
         vocab_size=session.vocab_size,
+        context_length=context,
         readings=readings,
         real=tuple(texts),
         greedy=[_greedy(session, prompt, count) for prompt in prompts],

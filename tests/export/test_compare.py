@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from edgewright.errors import BadInput, RecipeError
-from edgewright.export.gate.compare import Comparison, _greedy_shares, compare
+from edgewright.export.gate.compare import FULL, Comparison, _greedy_shares, compare
 from edgewright.export.gate.limits import LIMITS, check_max_kl, limit_for
-from edgewright.export.gate.reference import FULL, Reference, read_reference
+from edgewright.export.gate.reference import SPECIAL, Reference, read_reference
 from edgewright.export.parity import _reasons
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.export.targets import TARGETS
@@ -196,6 +196,28 @@ def test_a_shorter_context_is_compared_as_far_as_it_goes(reference):
     found = compared(reference, TableSession(TRAINED, context_length=48))
     assert found.kl == 0 and found.greedy_identity
     assert FULL not in found.kl_by_way
+    assert (found.longest_text, found.context_length) == (48, CONTEXT)
+    assert found.skipped == {"full context": "the runtime holds 48 tokens only; the longest text had 48 of 160 tokens"}
+
+
+@pytest.mark.parametrize(("affordable", "longest"), [(150, 150), (0, 128)])
+def test_a_context_that_is_not_read_to_its_end_is_not_called_full(affordable, longest):
+    found = compare(read_reference(TableSession(TRAINED), specials=[0], full_context=affordable), TableSession(TRAINED))
+    assert FULL not in found.kl_by_way and ("long text" in found.kl_by_way) == (affordable > 0)
+    assert (found.longest_text, found.context_length) == (longest, CONTEXT)
+    assert found.skipped == {
+        "full context": f"it would cost too much time; the longest text had {longest} of 160 tokens"
+    }
+
+
+def test_what_was_not_read_is_said(reference):
+    assert compared(reference, TableSession(TRAINED)).skipped == {}
+    assert compared(reference, TableSession(TRAINED)).longest_text == CONTEXT
+    poor = TableSession(TRAINED)
+    poor.capabilities = replace(poor.capabilities, rewind=False, left_padding=False)
+    found = compared(replace(reference, readings={k: v for k, v in reference.readings.items() if k != SPECIAL}), poor)
+    assert found.skipped.keys() == {"special tokens", "after a rewind", "left-padded batch"}
+    assert not found.skipped.keys() & found.kl_by_way.keys()
 
 
 def test_a_context_without_room_for_an_answer_is_no_error(reference):
