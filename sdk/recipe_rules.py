@@ -119,8 +119,8 @@ def _target(export: dict[str, Any], path: TreePath) -> Iterator[Problem]:
         widths = {name: each.quants if key == "quant" else each.embedding_quants for name, each in TARGETS.items()}
         value, valid = export.get(key), widths[target]
         if isinstance(value, str) and value not in valid:
-            other = next((name for name, quants in widths.items() if value in quants), None)
-            fix = did_you_mean(value, valid) or (f"{value} is a width of {other}" if other else None)
+            others = ", ".join(name for name, quants in widths.items() if value in quants)
+            fix = did_you_mean(value, valid) or (f"{value} is a width of {others}" if others else None)
             what = f"{target} has no such {key}"
             yield Problem(
                 code="EW-124", what=what, path=(*path, key), expected=" | ".join(valid), found=show(value), fix=fix

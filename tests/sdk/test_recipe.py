@@ -286,7 +286,7 @@ def test_each_error_has_its_place_and_a_fix(write, before: str, after: str, code
         ("type: checkpoint, model: ../teacher", "type: stage, stage: small", "EW-121", "an earlier stage: base"),
         ("name: file, model: small", "name: file, model: smal", "EW-122", "did you mean small?"),
         ("to: gguf", "to: ggfu", "EW-123", "did you mean gguf?"),
-        ("quant: tq2_0", "quant: ternary", "EW-124", "a width of genai"),
+        ("quant: tq2_0", "quant: ternary", "EW-124", "a width of hf, onnx, genai, openvino"),
         ("quant: tq2_0", "quant: tq2-0", "EW-124", "did you mean tq2_0?"),
         ("embedding_quant: q8_0", "embedding_quant: tq2_0", "EW-124", "f32 | f16"),
         ("[{type: ternary, granularity: group}]", "[{type: ternary}, {type: ternary}]", "EW-125", "twice"),
