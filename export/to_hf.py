@@ -20,6 +20,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.artifact import Fallback, Written, digest, sync
+from edgewright.export.clean_settings import clean_config
 from edgewright.export.guard import read_json
 from edgewright.export.lattice import SIDECAR, LatticeTensor, round_int, save_sidecar
 from edgewright.export.layout import NF4, BitNet, Int8, Nf4
@@ -212,9 +213,8 @@ class _Writing:
 
     def settings(self) -> None:
         """config.json, generation_config.json and the tokenizer."""
-        config = read_json(self.source.directory / "config.json")
+        config = clean_config(read_json(self.source.directory / "config.json"))
         config.pop("torch_dtype", None)
-        config.pop("quantization_config", None)
         config |= {"dtype": self.dtype, "tie_word_embeddings": self.source.tied}
         if self.packing is not None:
             skipped = [self.source.architecture.head, *self.kept_plain]

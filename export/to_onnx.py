@@ -1,6 +1,6 @@
 """ONNX: a folder that `onnxruntime` runs as it is, and `optimum.onnxruntime.ORTModelForCausalLM` opens.
 
-The graph is `decoder_graph.build`'s, for every family; its weights are then laid out by `onnx_packing.Packer`. What
+The graph is `decoder_graph.build`'s, for every family; its weights are then laid out by `onnx/packing.Packer`. What
 computes is float32 (activations of packed matrices are rounded to 8 bits per block, `accuracy_level` 4: at 2 and 8
 bits level 0 is ten times slower and more). fp16 and bf16 are widths of the file: onnxruntime 1.31 has no half-precision
 kernels for decoders on x86 and would convert each activation back and forth, at the same speed and 1000 times the
@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgewright.export.artifact import Written, sync
+from edgewright.export.clean_settings import clean_config, clean_tokenizer_config
 from edgewright.export.guard import read_json
-from edgewright.export.onnx.decoder_graph import build
+from edgewright.export.onnx.decoder_graph import build, check_positions
 from edgewright.export.onnx.files import save_graph
 from edgewright.export.onnx.fusions import CONTRIB, fuse, replace, unflatten
 from edgewright.export.onnx.packing import HALF, Packed, Packer, half
@@ -39,13 +40,14 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         source: the checkpoint, any decoder that transformers knows.
         directory: made if it is not there; the caller swaps it into place.
         quant: one of `QUANTS`.
-        embedding_quant: of token embedding and head, one of `QUANTS`; None takes `onnx_packing.EMBEDDING_DEFAULT`, or
+        embedding_quant: of token embedding and head, one of `QUANTS`; None takes `onnx/packing.EMBEDDING_DEFAULT`, or
             the lattice of a ternary head.
 
     Raises:
-        BadInput: EW-523, the model cannot be traced.
+        BadInput: EW-523, the model cannot be traced; EW-547, its positions depend on the length of the text.
         GateFailed: EW-521, a weight of the checkpoint has no place in the graph.
     """
+    check_positions(source)
     packer = Packer(source=source, quant=quant, embedding_quant=embedding_quant)
     write_graph(source, directory, packer)
     _write_settings(source, directory)
@@ -225,7 +227,7 @@ def _bias_behind(node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
 def _write_settings(source: Source, directory: Path) -> None:
     """config.json, generation_config.json and the tokenizer, as transformers 4 and 5 read them."""
     config = read_json(source.directory / "config.json")
-    _write_json(directory / "config.json", _for_older_readers(config))
+    _write_json(directory / "config.json", _for_older_readers(clean_config(config)))
     kept = source.directory / "generation_config.json"
     _write_json(directory / "generation_config.json", read_json(kept) if kept.is_file() else _generation(source))
     write_tokenizer(source, directory)
@@ -234,12 +236,10 @@ def _write_settings(source: Source, directory: Path) -> None:
 def write_tokenizer(source: Source, directory: Path) -> None:
     """The tokenizer as transformers 4 and 5 and other readers take it, without the traces of this machine."""
     source.write_tokenizer(directory)
-    settings = dict(source.tokenizer_config)
+    settings = clean_tokenizer_config(source.tokenizer_config)
     if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # a name that transformers 4 does not know
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    for trace in ("is_local", "local_files_only", "name_or_path"):
-        settings.pop(trace, None)
     _write_json(directory / "tokenizer_config.json", settings)
 
 

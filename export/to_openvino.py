@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,12 +30,16 @@ import numpy as np
 
 from edgewright.errors import BadInput, GateFailed
 from edgewright.export.artifact import Fallback, Written, digest, sync
+from edgewright.export.clean_settings import clean_config
+from edgewright.export.guard import read_json
 from edgewright.export.lattice import LatticeTensor, round_int, round_q4_0
 from edgewright.export.layout.openvino import OpenVinoWeight
-from edgewright.export.onnx.decoder_graph import trace
+from edgewright.export.onnx.decoder_graph import check_positions, trace
+from edgewright.export.onnx.packing import POSITIONS, UNLIKE_EMBEDDING
 from edgewright.export.openvino import graph as openvino_graph
 from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import CONTEXT_LENGTH
+from edgewright.export.scratch import scratch
 from edgewright.export.source import Source
 
 QUANTS = ("fp32", "fp16", "int8", "int4", "ternary")
@@ -85,13 +88,15 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
             have one, else `EMBEDDING_DEFAULT`.
 
     Raises:
-        BadInput: EW-603 without OpenVINO; EW-523, EW-541, the model or its tokenizer cannot be converted.
+        BadInput: EW-603 without OpenVINO; EW-523, EW-541, EW-547, the model, its tokenizer or its positions
+            cannot be converted.
         GateFailed: EW-521, EW-540 when the graph does not hold the checkpoint's weights as it should.
     """
     ov = load()
+    check_positions(source)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="edgewright-openvino-") as scratch:
-        model = _read(ov, trace(source, Path(scratch)), source)
+    with scratch(directory) as place:
+        model = _read(ov, trace(source, place), source)
         packing = _Packing(source=source, quant=quant, embedding_quant=embedding_quant)
         packing.run(model)
         openvino_graph.make_stateful(model)
@@ -128,7 +133,11 @@ class _Packing:
     digests: dict[str, str] = field(default_factory=dict)
     elements: set[str] = field(default_factory=set)
     """The types in which codes are stored."""
-    embedding_width: str = "fp32"
+
+    @property
+    def embedding_width(self) -> str:
+        """The width that the token embedding should have; a head of another width is among the fallbacks."""
+        return self._width_of(self.source.embedding)
 
     def run(self, model: Any) -> None:
         """Put every tensor of the checkpoint into the traced graph as it is to be stored."""
@@ -151,30 +160,31 @@ class _Packing:
         uses = {use for use, _ in readers}
         if not uses or "other" in uses:
             raise _broken_graph(name, "a use that is neither a product nor a lookup")
-        weight = self._stored(name, self._asked(name, table="table" in uses))
+        weight = self._stored(name, *self._asked(name, table="table" in uses))
         for use, node in readers:
             if use == "table":
                 openvino_graph.set_table(node, weight)
             else:
                 openvino_graph.set_linear(node, weight)
 
-    def _asked(self, name: str, *, table: bool) -> str:
-        """The width to try first."""
-        source = self.source
-        if name in (source.embedding, source.head):
-            width = self.embedding_quant
-            if width is None:
-                own = name in source.lattice and self.quant in ELEMENTS
-                width = self.quant if own else EMBEDDING_DEFAULT[self.quant]
-            self.embedding_width = width
-        else:
-            width = self.quant if not table or self.quant in ("fp32", "fp16") else "fp32"  # positions stay as they are
-        return "int4" if table and width == "ternary" else width
+    def _asked(self, name: str, *, table: bool) -> tuple[str, str]:
+        """The width to try first; and why that one, where it is another than the manifest names for such a weight."""
+        if name in (self.source.embedding, self.source.head):
+            width = self._width_of(name)
+            return width, "" if width == self.embedding_width else UNLIKE_EMBEDDING
+        return ("fp32", POSITIONS) if table and self.quant in ELEMENTS else (self.quant, "")
 
-    def _stored(self, name: str, asked: str) -> Any:
-        """The node that gives a weight, at the narrowest width that holds it."""
+    def _width_of(self, name: str) -> str:
+        """The width of embedding or head: as asked for, else its own, else the default."""
+        if self.embedding_quant is not None:
+            return self.embedding_quant
+        if name not in self.source.lattice or self.quant not in ELEMENTS:
+            return EMBEDDING_DEFAULT[self.quant]
+        return "int4" if name == self.source.embedding and self.quant == "ternary" else self.quant  # no table of u2
+
+    def _stored(self, name: str, asked: str, lost: str) -> Any:
+        """The node that gives a weight, at the narrowest width that holds it; `lost` is why it is not the usual one."""
         values, lattice = self.source.matrix(name), self.source.lattice.get(name)
-        lost = ""
         for width in (ROUNDED if lattice is None else WIDER)[asked]:
             found, reason = _at(width, values, lattice)
             if not reason:
@@ -296,6 +306,10 @@ def _set_runtime_options(model: Any, elements: set[str]) -> None:
         model.set_rt_info(value, ["runtime_options", name])
 
 
+_REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError)
+"""What transformers and openvino_tokenizers raise for a tokenizer that they cannot take, each step its own."""
+
+
 def _write_tokenizer(ov: Any, source: Source, directory: Path) -> None:
     """tokenizer.json with its settings, and both tokenizer models made from them."""
     source.write_tokenizer(directory)
@@ -305,7 +319,7 @@ def _write_tokenizer(ov: Any, source: Source, directory: Path) -> None:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         models = convert_tokenizer(tokenizer, with_detokenizer=True)
-    except Exception as error:  # every step of a tokenizer fails its own way
+    except _REFUSALS as error:
         raise BadInput(
             "EW-541",
             "OpenVINO cannot express this tokenizer",
@@ -319,8 +333,9 @@ def _write_tokenizer(ov: Any, source: Source, directory: Path) -> None:
 
 
 def _write_configs(source: Source, directory: Path) -> None:
-    """config.json as it is, and a generation_config.json that names the special tokens."""
-    shutil.copyfile(source.directory / "config.json", directory / "config.json")
+    """config.json, and a generation_config.json that names the special tokens."""
+    config = clean_config(read_json(source.directory / "config.json"))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     given = source.directory / "generation_config.json"
     if given.is_file():
         shutil.copyfile(given, directory / given.name)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import BadInput
+from edgewright.export.clean_settings import clean_tokenizer_config
 from edgewright.export.guard import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""What may lie beside tokenizer.json."""
+SETTINGS = "tokenizer_config.json"
+BESIDE = ("special_tokens_map.json", "chat_template.jinja")
+"""What may lie beside tokenizer.json and its settings."""
 VOCABULARY = ("vocab.json", "merges.txt")
 """What older byte-level tokenizers are kept in."""
 
@@ -49,7 +51,8 @@ def read_tokenizer(directory: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(source: Path, directory: Path) -> None:
-    """Put the tokenizer of a model directory into another: tokenizer.json, and what `BESIDE` names if it is there.
+    """Put the tokenizer of a model directory into another: tokenizer.json, its settings, and what `BESIDE` names
+    if it is there.
 
     tokenizer.json is the same bytes where there is one; else it is made from the older files.
     """
@@ -60,6 +63,10 @@ def write_tokenizer(source: Path, directory: Path) -> None:
     for name in BESIDE:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+    if (source / SETTINGS).is_file():
+        settings = clean_tokenizer_config(read_json(source / SETTINGS))
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (directory / SETTINGS).write_text(text, encoding="utf-8")
 
 
 def _converted(directory: Path) -> str:

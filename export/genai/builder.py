@@ -41,7 +41,7 @@ def build(model: Path, directory: Path) -> None:
     """
     check_installed()
     with scratch(directory) as place:
-        given = _in_float32(model, Path(scratch) / "model")
+        given = _in_float32(model, place / "model")
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(given)]
         command += ["-o", str(directory.resolve()), "-p", "fp32", "-e", "cpu", "-c", str(place)]
         result = subprocess.run(

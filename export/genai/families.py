@@ -2,20 +2,20 @@
 
 The builder's graph (GroupQueryAttention, a key-value cache in place) decodes 1.1 times as fast as the traced one
 after 50 tokens and 1.2 to 1.3 times after 400, so it is taken where it is right, which is what `FAMILIES` says. All
-others get `decoder_graph`'s. Found out with onnxruntime-genai 0.18 on one tiny model of each family and kind of rotary
-positions (the largest difference of a logit to transformers; logits reach 10):
+others get `onnx/decoder_graph`'s. Found out with onnxruntime-genai 0.18 on one tiny model of each family and kind of
+rotary positions (the largest difference of a logit to transformers; logits reach 10):
 
     right            3e-6 to 1e-5: llama (rotary positions default and llama3), mistral, qwen2 (default and linear),
                      qwen3, gemma, gemma2, phi, phi3 whose context was not stretched
     mended           a window of all layers is dropped (13), one of some makes a cache that cannot be rewound
-                     (`onnx_graph.set_windows`); phi's norms get another epsilon (7e-4, `set_epsilon`); Gemma's
+                     (`onnx/graph.set_windows`); phi's norms get another epsilon (7e-4, `set_epsilon`); Gemma's
                      embedding is scaled by a number of two decimals (`set_embedding_scale`); a rotary part that is no
                      multiple of 16 does not run (`split_rotary`)
     wrong            llama with linear (12) or yarn (9.6) rotary scaling, without a word: traced, 1e-5
     refused by it    gemma3, smollm3 (KeyError: they want settings that transformers 5 has renamed, or inputs that are
                      not there), phi3 with a stretched context, qwen3 with yarn, mistral with llama3, gpt2, opt:
                      traced, 5e-6 to 1e-5
-    refused here     positions that depend on the length of the text (`check_positions`)
+    refused here     positions that depend on the length of the text (`decoder_graph.check_positions`)
 
 fp16 is no width of this target: onnxruntime 1.31 on the CPU cannot run the builder's fp16 graph with a cache, and has
 no faster kernels for it.
@@ -27,7 +27,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgewright.errors import BadInput
 from edgewright.export.source import Source
 
 
@@ -89,29 +88,6 @@ def builders_family(source: Source) -> Family | None:
     if family is None or rotary not in family.rotary or trained != config["max_position_embeddings"]:
         return None
     return family
-
-
-def check_positions(source: Source) -> None:
-    """Refuse rotary positions whose angles change when a text grows beyond the length of training.
-
-    What is in the cache then has the angles of the short text, or not, by how it came there; transformers itself gives
-    different logits for one prompt and for the same tokens one by one.
-
-    Raises:
-        BadInput: EW-547.
-    """
-    config = source.config
-    rotary = config.get("rope_parameters") or {}
-    trained = rotary.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if rotary.get("rope_type") == "longrope" and trained and trained < config["max_position_embeddings"]:
-        raise BadInput(
-            "EW-547",
-            "the rotary positions of this model change with the length of the text, which the target cannot say",
-            where=(source.directory / "config.json").absolute(),
-            expected=f"angles that are the same for every text; max_position_embeddings of at most {trained}",
-            found=f"longrope, and max_position_embeddings of {config['max_position_embeddings']}",
-            fix="export to hf",
-        )
 
 
 def checkpoint_names(initializer: str, source: Source) -> tuple[str, ...] | None:

@@ -62,6 +62,29 @@ def trace(source: Source, directory: Path) -> Path:
     return save_graph(build(source), directory)
 
 
+def check_positions(source: Source) -> None:
+    """Refuse rotary positions whose angles change when a text grows beyond the length of training.
+
+    What is in the cache then has the angles of the short text, or not, by how it came there; transformers itself gives
+    different logits for one prompt and for the same tokens one by one.
+
+    Raises:
+        BadInput: EW-547.
+    """
+    config = source.config
+    rotary = config.get("rope_parameters") or {}
+    trained = rotary.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if rotary.get("rope_type") == "longrope" and trained and trained < config["max_position_embeddings"]:
+        raise BadInput(
+            "EW-547",
+            "the rotary positions of this model change with the length of the text, which the target cannot say",
+            where=(source.directory / "config.json").absolute(),
+            expected=f"angles that are the same for every text; max_position_embeddings of at most {trained}",
+            found=f"longrope, and max_position_embeddings of {config['max_position_embeddings']}",
+            fix="export to hf",
+        )
+
+
 def build(source: Source) -> ir.Model:
     """The graph in memory; its weights are read when their bytes are asked for. Errors as `trace`."""
     with _quiet():

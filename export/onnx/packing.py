@@ -40,6 +40,10 @@ HEAD_Q4_BLOCK = 128
 parameters, and the kernel for large blocks is the faster one. A tied head keeps the blocks of the embedding."""
 SCALE_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Of the scale that just reaches the extreme of a block: a smaller one may lose less of all the rest."""
+POSITIONS = "positions are added, not multiplied"
+"""Why a table of positions is not packed."""
+UNLIKE_EMBEDDING = "of embedding and head only one was trained in few bits"
+"""Why a head has another width than the embedding, where none was asked for."""
 ROWS_AT_ONCE = 4096
 """Rows of a head that are rounded at a time, which bounds the memory that it takes."""
 
@@ -120,10 +124,13 @@ class Packer:
     fallbacks: list[Fallback] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     """For each matrix, the digest of what the file must give back."""
-    embedding_width: str = "fp32"
-    """What was taken for token embedding and head."""
     met: dict[str, str] = field(default_factory=dict)
     """For each matrix met: `exact`, or what was lost."""
+
+    @property
+    def embedding_width(self) -> str:
+        """The width that the token embedding should have; a head of another width is among the fallbacks."""
+        return self._width_of(self.source.embedding)
 
     @property
     def lattice(self) -> dict[str, str]:
@@ -145,10 +152,9 @@ class Packer:
             packable: whether the graph may read it in blocks; a table of positions may not.
         """
         parts = [self._part(name) for name in names]
-        asked = self._asked(parts[0]) if parts[0].name in (self.source.embedding, self.source.head) else self.quant
+        asked, lost = self._asked(names[0])
         if not packable and asked in WIDTHS:
-            asked = "fp32"
-        lost = ""
+            asked, lost = "fp32", POSITIONS
         for width in WIDER[asked]:
             packed, reason = pack_at(parts, width, own_head=names[0] == self.source.head and not self.source.tied)
             if not reason:
@@ -169,14 +175,19 @@ class Packer:
         if lost:
             self.fallbacks.append(Fallback(part.name, width, lost))
 
-    def _asked(self, part: Part) -> str:
+    def _asked(self, name: str) -> tuple[str, str]:
+        """The width to try first; and why that one, where it is another than the manifest names for such a weight."""
+        if name not in (self.source.embedding, self.source.head):
+            return self.quant, ""
+        width = self._width_of(name)
+        return width, "" if width == self.embedding_width else UNLIKE_EMBEDDING
+
+    def _width_of(self, name: str) -> str:
         """The width of embedding or head: as asked for, else ternary when it was trained so, else the default."""
-        width = self.embedding_quant
-        if width is None:
-            trained = part.lattice is not None and self.quant == "ternary"
-            width = "ternary" if trained else EMBEDDING_DEFAULT[self.quant]
-        self.embedding_width = width
-        return width
+        if self.embedding_quant is not None:
+            return self.embedding_quant
+        trained = name in self.source.lattice and self.quant == "ternary"
+        return "ternary" if trained else EMBEDDING_DEFAULT[self.quant]
 
     def _part(self, name: str) -> Part:
         return Part(name=name, weight=self.source.matrix(name), lattice=self.source.lattice.get(name))

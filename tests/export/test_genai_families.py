@@ -16,6 +16,7 @@ from edgewright.export.genai import traced as genai_traced
 from edgewright.export.genai.families import builders_family
 from edgewright.export.genai.reader import read_weights
 from edgewright.export.onnx.graph import attributes
+from edgewright.export.onnx.packing import POSITIONS
 from edgewright.export.source import load_source
 
 pytest.importorskip("onnxruntime_genai")
@@ -50,7 +51,8 @@ def test_every_family_is_certified(family: str, tiny_model: Models, tmp_path: Pa
     model, narrow = tiny_model(family), "int8" if family == "smollm3" else "int4"
     for quant in ("fp32", narrow):
         made = edgewright.export(model, to="genai", out=tmp_path / quant, quant=quant, threads=1)
-        assert made.gate == "passed" and not made.fallbacks
+        assert made.gate == "passed"
+        assert {each.reason for each in made.fallbacks} <= {POSITIONS}
         assert bool(nodes(made.path, "GroupQueryAttention")) == (family in BUILT)
         if quant == "fp32":
             assert made.parity is not None and made.parity["max_abs_diff"] < 1e-4
