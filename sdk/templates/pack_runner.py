@@ -92,6 +92,7 @@ class Genai(Runtime):
         import numpy
         import onnxruntime_genai
 
+        onnxruntime_genai.disable_telemetry_events()
         self.numpy, self.api, self.room = numpy, onnxruntime_genai, room
         config = onnxruntime_genai.Config(str(path))
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
@@ -155,17 +156,28 @@ class Onnx(Runtime):
 
 
 class OpenVino(Runtime):
-    """A folder with `openvino_model.xml`: a stateful decoder."""
+    """A folder with `openvino_model.xml`: a stateful decoder, with the settings of `edgewright bench`."""
 
     package = "openvino"
+    exact = {"EXECUTION_MODE_HINT": "ACCURACY", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    fast = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}
+    codes = ("u2", "i4", "u4", "i8", "u8")
 
     def __init__(self, path: Path, threads: int, room: int) -> None:
         import numpy
+
+        # `import openvino` would report itself over the network; it does not where this package is not installed, which
+        # is what None as a module means.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
         import openvino
 
         self.numpy = numpy
-        settings = {"INFERENCE_NUM_THREADS": threads, "EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.Core().compile_model(str(path / "openvino_model.xml"), "CPU", settings)
+        core = openvino.Core()
+        model = core.read_model(str(path / "openvino_model.xml"))
+        constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+        types = {node.get_output_element_type(0).get_type_name() for node in constants}
+        settings = self.exact if types.isdisjoint(self.codes) else self.fast
+        compiled = core.compile_model(model, "CPU", {**settings, "INFERENCE_NUM_THREADS": threads})
         self.names = {name for each in compiled.inputs for name in each.names}
         self.request = compiled.create_infer_request()
         self.length = 0

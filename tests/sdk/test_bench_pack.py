@@ -116,3 +116,23 @@ def test_native_loops_are_measured_too(exported):
     report = bench(*exported, prompt=8, generate=4, repeats=1, threads=1, loop="native")
     assert all(row.tokens_per_s > 0 for row in report.artifacts)
     assert report.command.endswith("--loop native")
+
+
+def test_a_pack_opens_openvino_folders_as_the_bench_does():
+    """The same settings for exact files and for files of codes, and no telemetry, although the pack shares no code."""
+    import ast
+
+    from edgewright import bench_pack
+    from edgewright.export.runtimes import openvino
+
+    text = (Path(bench_pack.__file__).parent / "templates" / "pack_runner.py").read_text()
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    given = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in classes["OpenVino"].body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert (given["exact"], given["fast"], given["codes"]) == (openvino.EXACT, openvino.FAST, openvino.CODES)
+    for name, silence in (("OpenVino", "openvino_telemetry"), ("Genai", "disable_telemetry_events()")):
+        source = ast.get_source_segment(text, classes[name])
+        assert source is not None and silence in source
