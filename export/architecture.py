@@ -80,7 +80,7 @@ def open_config(directory: Path) -> PretrainedConfig:
     kind = raw.pop("model_type", None)
     try:
         config: PretrainedConfig = AutoConfig.for_model(str(kind), **raw)
-    except Exception as error:  # each family checks its values its own way
+    except _refusals() as error:
         raise _not_known(directory, f"model_type {kind!r}: {str(error)[:200]}") from error
     return config
 
@@ -98,11 +98,19 @@ def read_architecture(directory: Path) -> Architecture:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # as above
+    except _refusals() as error:
         raise _not_known(directory, f"model_type {config.model_type!r}: {str(error)[:200]}") from error
     if config.get_text_config() is not config or model.get_output_embeddings() is None:
         raise _not_known(directory, f"model_type {config.model_type!r}, which is more than a model of text")
     return _describe(model, config)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What transformers raises for settings that it cannot take; each family checks its values its own way."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    plain = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError)
+    return (*plain, StrictDataclassError)
 
 
 def _describe(model: PreTrainedModel, config: PretrainedConfig) -> Architecture:

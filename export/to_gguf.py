@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp, from a checkpoint of any family in `gguf_architecture.FAMILIES`.
+"""GGUF files for llama.cpp, from a checkpoint of any family in `gguf/architecture.FAMILIES`.
 
 Every weight is laid out from its lattice: the checkpoint's own codes where it is quantized, else codes made once by
 ggml's rule for the type. Tensors are read, packed and written one at a time.
@@ -59,6 +59,10 @@ _NAMES_WITH_MEANING = re.compile(r"phi-?3|modern-bert", re.IGNORECASE)
 
 POSITIONS = "position_embd.weight"
 """Embedded positions are added to every token; as in llama.cpp's own files they keep full precision."""
+
+
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+"""What config.json may call the number that norms add to the variance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +365,9 @@ def _settings(source: Source, family: Family) -> dict[str, Setting]:
     """The metadata that every family has, by its keys behind the name of the graph."""
     config = source.config
     queries, keys = head_counts(config)
-    eps = next(config[key] for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if key in config)
+    eps = next((config[key] for key in EPSILONS if key in config), None)
+    if eps is None:
+        raise refuse(source, "its norms have no known epsilon", f"one of {', '.join(EPSILONS)}", "none of them")
     return {
         "vocab_size": int(config["vocab_size"]),
         "context_length": int(config["max_position_embeddings"]),
