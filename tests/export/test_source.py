@@ -14,11 +14,13 @@ from families import FAMILIES, save_family
 from lattices import random_lattice
 from safetensors.torch import load_file, save_file
 
+import edgewright
 from edgewright.errors import BadInput
 from edgewright.export.lattice import SIDECAR, LatticeTensor, round_int, save_sidecar
 from edgewright.export.layout import BitNet
 from edgewright.export.runtimes.torch_session import TorchSession
-from edgewright.export.source import load_source
+from edgewright.export.source import load_source, weights_sha256
+from edgewright.export.targets import reader_of
 
 # transformers compiles parts of packed BitNet, and torch's compiler imports something that is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -122,6 +124,16 @@ def test_missing_and_unknown_tensors_are_refused(tiny_model, tmp_path):
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
     with pytest.raises(BadInput, match=r"EW-329\]\n.*\n.*q_proj\.bias"):
         load_source(edited(model, tmp_path / "b", lambda tensors: tensors | bias))
+
+
+def test_a_weight_that_is_there_twice_is_refused(tiny_model, tmp_path):
+    """Under the names of the full model and of the bare one: nobody knows which counts."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    twice = edited(
+        tiny_model("llama"), tmp_path / "a", lambda tensors: tensors | {name.removeprefix("model."): tensors[name] + 1}
+    )
+    with pytest.raises(BadInput, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' twice \[EW-329\]"):
+        load_source(twice)
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -335,4 +347,78 @@ def test_the_sidecar_is_no_weight_file(tiny_model, tmp_path):
     path, _ = with_lattice(tiny_model("llama"), tmp_path / "a", torch.float32)
     source = load_source(path)
     assert not source.restored
+    assert source.sha256 == weights_sha256(path)
     assert all(file.name != SIDECAR for file in source.files.values())
+
+
+def test_a_sidecar_that_is_the_weight_is_part_of_the_fingerprint(tiny_model, tmp_path):
+    """Two sidecars may round to the same files, and are two models."""
+    path, lattice = with_lattice(tiny_model("llama"), tmp_path / "a", torch.bfloat16)
+    first = load_source(path)
+    name = min(lattice)
+    scales = lattice[name].scales
+    rounded = torch.from_numpy(lattice[name].dequantize()).to(torch.bfloat16)
+    scales[0] = np.nextafter(scales[0], np.float32(np.inf))
+    assert torch.equal(torch.from_numpy(lattice[name].dequantize()).to(torch.bfloat16), rounded)
+    save_sidecar(path, lattice)
+    second = load_source(path)
+    assert first.restored == second.restored and weights_sha256(path) not in (first.sha256, second.sha256)
+    assert first.sha256 != second.sha256
+
+
+# ---------------------------------------------------------------- token embeddings on a lattice
+
+
+@pytest.fixture(scope="module")
+def embedded(ternary_model, tmp_path_factory) -> Callable[[str], tuple[Path, LatticeTensor]]:
+    """The tied ternary model with a token embedding on a lattice as well, without a sidecar."""
+    made: dict[str, tuple[Path, LatticeTensor]] = {}
+
+    def model(levels: str) -> tuple[Path, LatticeTensor]:
+        if levels not in made:
+            name = "model.embed_tokens.weight"
+            shape = tuple(load_file(ternary_model / "model.safetensors")[name].shape)
+            lattice = random_lattice(levels, *shape, None if levels == "ternary" else 32, 11)
+            fours = np.arange(lattice.scales.size).reshape(lattice.scales.shape) % 4
+            lattice.scales[...] = (1 + fours) * {"ternary": 2.0**-5, "int4": 2.0**-8, "int8": 2.0**-12}[levels]
+            values = torch.from_numpy(lattice.dequantize())
+            target = tmp_path_factory.mktemp("embedded") / levels
+            made[levels] = edited(ternary_model, target, lambda tensors: tensors | {name: values}), lattice
+        return made[levels]
+
+    return model
+
+
+@pytest.mark.parametrize("levels", ["ternary", "int4", "int8"])
+def test_a_token_embedding_on_a_lattice_is_found(levels, embedded):
+    path, lattice = embedded(levels)
+    source = load_source(path)
+    found = source.lattice[source.embedding]
+    assert source.tied and found.levels == levels
+    assert np.array_equal(found.dequantize(), lattice.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("levels", "to", "quant", "embedding_quant", "package"),
+    [
+        ("int8", "gguf", "q8_0", "q8_0", "llama_cpp"),
+        ("int4", "gguf", "q4_0", "q4_0", "llama_cpp"),
+        ("ternary", "gguf", "tq2_0", "q4_0", "llama_cpp"),
+        ("ternary", "gguf", "tq2_0", None, "llama_cpp"),
+        ("int4", "onnx", "ternary", "int4", "onnxruntime"),
+        pytest.param("int8", "onnx", "ternary", "int8", "onnxruntime", marks=pytest.mark.slow),
+        pytest.param("ternary", "onnx", "ternary", None, "onnxruntime", marks=pytest.mark.slow),
+        pytest.param("int4", "genai", "ternary", "int4", "onnxruntime_genai", marks=pytest.mark.slow),
+        pytest.param("ternary", "genai", "ternary", None, "onnxruntime_genai", marks=pytest.mark.slow),
+        pytest.param("int4", "openvino", "ternary", "int4", "openvino_genai", marks=pytest.mark.slow),
+        pytest.param("ternary", "openvino", "ternary", None, "openvino_genai", marks=pytest.mark.slow),
+        ("ternary", "hf", "nf4", None, "torch"),
+    ],
+)
+def test_it_comes_back_bit_for_bit(levels, to, quant, embedding_quant, package, embedded, tmp_path):
+    pytest.importorskip(package)
+    path, lattice = embedded(levels)
+    source = load_source(path)
+    settings = {} if embedding_quant is None else {"embedding_quant": embedding_quant}
+    made = edgewright.export(path, to=to, quant=quant, out=tmp_path / "out", verify=True, threads=1, **settings)
+    assert np.array_equal(dict(reader_of(to).read_weights(made.path, source))[source.embedding], lattice.dequantize())
