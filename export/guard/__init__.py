@@ -3,8 +3,8 @@
 A model is data that somebody else wrote, also when it lies on the local disk: it may hold code, pickles, broken files
 and links to elsewhere. Names prove nothing, so files are judged by their content. Nothing here runs, unpickles, unpacks
 or imports what it looks at. Every check takes less than a second and 64 MB, whatever the file, and names the file and
-the place in it. One module for each format: `guard_safetensors`, `guard_gguf`, `guard_onnx`, `guard_genai`,
-`guard_openvino`, `guard_archive`; `guard_folder` and `guard_config` for what lies around the weights.
+the place in it. One module for each format: `guard/safetensors`, `guard/gguf`, `guard/onnx`, `guard/genai`,
+`guard/openvino`, `guard/archive`; `guard/folder` and `guard/config` for what lies around the weights.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def check_entries(directory: Path, *, deep: bool = False) -> list[Path]:
     """Refuse a folder with links that lead out, names that trick, special files, code or pickles.
 
     Hard links are fine here, since caches and installers make them: no tool tells a file from its other name. Where the
-    bytes of a file are taken for weights whatever they are (external data), `guard_paths.inside` refuses them.
+    bytes of a file are taken for weights whatever they are (external data), `guard/paths.inside` refuses them.
 
     Args:
         directory: the folder.

@@ -102,7 +102,7 @@ def check_gguf(path: Path) -> None:
     Checked: magic, version, counts, keys and names (length, UTF-8, no duplicates), value types, lengths of strings and
     arrays, that scores and types of tokens are as many as the tokens, alignment, that it is no part of a split model,
     tensor types and shapes, offsets that follow each other and end inside the file, the chat templates, and the values
-    of plain tensors and the scales of blocks (the smallest tensors first, up to `guard_values.BUDGET` bytes).
+    of plain tensors and the scales of blocks (the smallest tensors first, up to `guard/values.BUDGET` bytes).
 
     Raises:
         BadInput: EW-318 names file, place, expected and found; EW-323, a weight or scale is NaN or infinite. EW-311

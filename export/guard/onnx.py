@@ -57,7 +57,7 @@ def check_onnx(path: Path) -> None:
     attributes (known type, sizes, bytes equal to shape times type, names that occur once); external data (a plain file
     name in this folder, no link, known keys, inside the file, no overlap); operators (known domains or local functions,
     none that runs code); inner graphs and local functions (depth, no recursion, no explosion); metadata; NaN in any
-    constant and infinities in weights (the smallest tensors first, up to `guard_values.BUDGET` bytes). The memory that
+    constant and infinities in weights (the smallest tensors first, up to `guard/values.BUDGET` bytes). The memory that
     computing takes is not checked: a graph may ask for any amount.
 
     Raises:

@@ -1,7 +1,7 @@
 """Bit layouts: how files store the codes and scales of a lattice, and which lattices each of them holds exactly.
 
-All of them pack from codes and unpack to codes; none sees a float weight. One file each: `layout_ggml.py` (GGUF),
-`layout_matmulnbits.py` (ONNX Runtime), `layout_openvino.py`, `layout_transformers.py` (bitsandbytes, BitNet).
+All of them pack from codes and unpack to codes; none sees a float weight. One file each: `layout/ggml.py` (GGUF),
+`layout/matmulnbits.py` (ONNX Runtime), `layout/openvino.py`, `layout/transformers.py` (bitsandbytes, BitNet).
 """
 
 from __future__ import annotations

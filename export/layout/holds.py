@@ -1,6 +1,6 @@
 """What a bit layout can hold exactly: which codes, how many scales, in which precision.
 
-Every layout carries one of these as its row of the table `layout.HOLDS`; a writer asks it before it packs.
+Every layout has one of these, its `holds`; a writer asks it before it packs.
 """
 
 from __future__ import annotations

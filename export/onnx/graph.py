@@ -1,7 +1,7 @@
 """Surgery on decoder graphs in ONNX: weights become packed codes, and what a runtime cannot run is rewritten.
 
 A graph arrives as the vendor's builder made it, in fp32. Nothing here rounds: what is packed was laid out from a
-lattice (`onnx_packing.py`).
+lattice (`onnx/packing.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read the weights of an ONNX folder back, for the gate: independent of the code that laid them out.
 
 Which matrix is which is told by the initializers' names and by what reads them; what a node computes with is taken
-apart from the operators' documentation alone (`onnx_reader.dequantize`).
+apart from the operators' documentation alone (`onnx/reader.dequantize`).
 """
 
 from __future__ import annotations
