@@ -216,8 +216,8 @@ def detect_ternary(weight: np.ndarray) -> LatticeTensor | None:
             continue  # four rows tell a dense weight without touching the rest
         found = _ternary_with(weight, group, per_tensor=per_tensor)
         if found is not None:
-            enough = np.count_nonzero(found.codes) >= max(1, EVIDENCE * np.count_nonzero(found.scales))
-            return found if enough else None
+            seen, scales = int(np.count_nonzero(found.codes)), int(np.count_nonzero(found.scales))
+            return found if scales and seen >= EVIDENCE * scales else None
     return None
 
 
