@@ -15,6 +15,7 @@ from openvino_help import TOLERANCE, Write, check_weights, rows_of, tokens_of, t
 
 from edgewright.errors import BadInput
 from edgewright.export import to_openvino
+from edgewright.export.onnx.packing import POSITIONS
 from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import OpenVinoSession
 from edgewright.export.runtimes.torch_session import TorchSession
@@ -204,7 +205,7 @@ def check_family(model: Path, write_openvino: Write, tmp_path: Path) -> None:
         expected = torch_greedy(model, tokens[:30], 24)
         assert opened.native_generate(tokens[:30], 24, stop_at_eos=False) == expected
     written = write_openvino(source, tmp_path / "int8", quant="int8")
-    assert written.fallbacks == []
+    assert {each.reason for each in written.fallbacks} <= {POSITIONS}
     check_weights(tmp_path / "int8", source, written)
     with OpenVinoSession(tmp_path / "int8", threads=1, exact=True) as opened:
         assert np.abs(rows_of(opened, tokens) - right).max() < 0.05 * np.abs(right).max()
