@@ -57,6 +57,9 @@ ROUND: dict[str, Callable[[np.ndarray], LatticeTensor]] = {
 _NAMES_WITH_MEANING = re.compile(r"phi-?3|modern-bert", re.IGNORECASE)
 """In a model's name these make llama.cpp look for tokens that the vocabulary need not have; such a name is left out."""
 
+TABLES = ("token_embd.weight", "output.weight")
+"""The token embedding and the head, by their names in a file."""
+
 POSITIONS = "position_embd.weight"
 """Embedded positions are added to every token; as in llama.cpp's own files they keep full precision."""
 
@@ -244,8 +247,11 @@ def _row_order(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _asked(source: Source, target: str, quant: str, embedding_quant: str | None) -> str:
-    """The type that a matrix should have, by its name in the file."""
+    """The type that a matrix should have, by its name in the file; a table on a lattice needs no wider one."""
     mix = mix_of(quant)
+    table = source.embedding if source.tied or target == "token_embd.weight" else source.head
+    if embedding_quant is None and target in TABLES and table in source.lattice:
+        return mix.base
     if target == "output.weight" or (target == "token_embd.weight" and (source.tied or mix.base not in SEARCHED)):
         return embedding_quant or _embedding_width(quant)
     if target == "token_embd.weight":
