@@ -59,7 +59,9 @@ def _difference(
         return _unequal(values, _as_wide_as(values, source.tensor(name)))
     if expected is not None and digest(values) != expected:
         return "is not what was laid out"
-    if name not in source.lattice or name in source.calibrated:
+    if name in source.calibrated:
+        return _unlike(values, source.lattice[name].dequantize())
+    if name not in source.lattice:
         return _unlike(values, source.matrix(name)) if name in source.files else None
     right, claim = source.lattice[name], None if kept is None else kept.get(name)
     exact = _unequal(values, right.dequantize())
