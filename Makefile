@@ -45,7 +45,7 @@ lint: setup
 	MYPYPATH=build/types $(BIN)/mypy --cache-dir build/mypy -p edgewright
 
 bench: setup
-	for script in training_speed loss_memory data_speed kill_resume; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf build .venv/installed .venv-interop .pytest_cache .ruff_cache .mypy_cache

@@ -156,8 +156,10 @@ def export(
         OutOfResources: EW-401, the disk is full.
     """
     from edgewright.export.calibration.calibrated import Calibrations, calibrated_source
+    from edgewright.export.gate.limits import check_max_kl
     from edgewright.export.source import load_source
 
+    check_max_kl(max_kl)
     if budget_mb is not None and not budget_mb > 0:
         raise RecipeError("EW-513", "a budget must be positive", expected="MB, more than 0", found=budget_mb)
     if to == BEST:
@@ -256,7 +258,7 @@ def make(
     writer = importlib.import_module(TARGETS[to].module)
     written: Written = writer.write(source, place, quant=quant, embedding_quant=embedding_quant)
     _refuse_wrong_name(source, to, quant, written)
-    parity = _gate(place, to, quant, written, source, max_kl, threads, reference) if verify else None
+    parity = _gate(place, to, written, source, max_kl, threads, reference) if verify else None
     return Made(place=place, written=written, entry=_entry(place, to, quant, written, source, parity))
 
 
@@ -374,7 +376,6 @@ def _unknown(code: str, what: str, found: str | None, legal: Any) -> RecipeError
 def _gate(
     place: Path,
     to: str,
-    quant: str,
     written: Written,
     source: Source,
     max_kl: float | None,
@@ -384,7 +385,7 @@ def _gate(
     """Raises GateFailed (EW-504) with every reason."""
     from edgewright.export.parity import judge
 
-    widths = {quant, written.embedding_quant, *(fallback.quant for fallback in written.fallbacks)}
+    widths = reader_of(to).widths(place)  # what is stored, as `verify` will see it; not what was asked for
     parity = judge(
         place, to, widths, source, kept=written.lattice, digests=written.digests, max_kl=max_kl, threads=threads,
         reference=reference,
