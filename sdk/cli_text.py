@@ -139,10 +139,12 @@ def _verify(result: dict[str, Any]) -> str:
         ("perplexity ratio", say.small(result["perplexity_ratio"])),
         ("same top token", say.share(result["top1_agreement"])),
         ("greedy tokens equal", _plain(result["greedy_identity"])),
+        ("longest text read", f"{result['longest_text']} of {result['context_length']} tokens of context"),
         ("lattice bit-exact", _plain(result["lattice_identity"])),
         ("gate", result["gate"]),
     ]
-    return "\n".join([_facts(facts), *(f"  {reason}" for reason in result["reasons"])])
+    skipped = [f"  not read: {way}, {reason}" for way, reason in result["skipped"].items()]
+    return "\n".join([_facts(facts), *skipped, *(f"  {reason}" for reason in result["reasons"])])
 
 
 def _plain(value: object) -> str:

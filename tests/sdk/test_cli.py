@@ -279,14 +279,14 @@ def test_a_failed_verification_is_5(edgewright: Run, monkeypatch: pytest.MonkeyP
 
     shown = {
         "path": "a", "against": "b", "max_abs_diff": 3.0, "kl": 0.5, "kl_ci": [0.4, 0.6], "top1_agreement": 0.5,
-        "kl_limit": 0.25,
+        "kl_limit": 0.25, "longest_text": 64, "context_length": 512, "skipped": {"left-padded batch": "no batches"},
         "kl_weights": 0.4375, "kl_runtime": 0.125, "perplexity_ratio": 1.75,
         "greedy_identity": 0.1, "lattice_identity": False, "gate": "failed", "reasons": ["the KL is too large"],
     }  # fmt: skip
     monkeypatch.setattr("edgewright.export.parity.verify", lambda *args, **kwargs: Parity(shown))
     code, out, _ = edgewright("verify", "a", "--against", "b")
     assert code == 5 and "the KL is too large" in out and "lattice bit-exact" in out
-    assert all(number in out for number in ("0.438", "0.125", "1.75"))
+    assert all(number in out for number in ("0.438", "0.125", "1.75", "64 of 512", "no batches"))
 
 
 def test_explain(edgewright: Run) -> None:
