@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from common import header, median_line
-from models import mid
 
 from edgewright.machine import peak_memory
 
@@ -223,6 +222,8 @@ def main() -> int:
         name, path = given.serve
         serve(name, path, given.tokens, given.threads)
         return 0
+    from models import mid  # not above: torch would be in the memory of every process
+
     header()
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
