@@ -148,12 +148,12 @@ def write_openvino(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Wr
     from edgewright.export import to_openvino
     from edgewright.export.onnx.decoder_graph import trace
 
-    traced: dict[str, Path] = {}
+    traced: dict[Path, Path] = {}
 
     def once(source: Source, directory: Path) -> Path:
-        if source.sha256 not in traced:
-            traced[source.sha256] = trace(source, tmp_path_factory.mktemp("traced"))
-        return traced[source.sha256]
+        if source.directory not in traced:
+            traced[source.directory] = trace(source, tmp_path_factory.mktemp("traced"))
+        return traced[source.directory]
 
     def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
         with pytest.MonkeyPatch.context() as patch:
