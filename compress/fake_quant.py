@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgewright.compress.layers import CompressedLinear
+
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_LARGEST_BF16 = 65280.0  # the largest bf16 number within fp16's range
 
@@ -77,7 +79,7 @@ class _Int8Activation(torch.autograd.Function):
         return gradient
 
 
-class TernaryLinear(nn.Linear):
+class TernaryLinear(CompressedLinear):
     """A linear layer whose forward uses W + strength * (Q(W) - W); `weight` holds the latent W, under its own name.
 
     Args:
@@ -86,11 +88,13 @@ class TernaryLinear(nn.Linear):
         quantize_activations: int8 per token before the product.
     """
 
+    method = "ternary"
     strength: Tensor
     """Scalar in [0, 1], a buffer that is not saved: 0 is full precision, 1 the lattice."""
 
     def __init__(self, latent: nn.Linear, *, group: int | None, quantize_activations: bool) -> None:
-        super().__init__(latent.in_features, latent.out_features, latent.bias is not None, device="meta")
+        super().__init__()
+        self.in_features, self.out_features = latent.in_features, latent.out_features
         self.weight = latent.weight
         self.bias = latent.bias
         self.group = group
@@ -99,7 +103,11 @@ class TernaryLinear(nn.Linear):
 
     def effective_weight(self) -> Tensor:
         """The weight of the forward, [out, in]; gradients pass straight through to the latent one."""
-        return _StraightThrough.apply(self.weight, self.group, self.strength)
+        weight: Tensor = _StraightThrough.apply(self.weight, self.group, self.strength)
+        return weight
+
+    def flops(self) -> int:
+        return 2 * self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantize_activations:

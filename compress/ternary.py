@@ -6,23 +6,22 @@ import copy
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from edgewright.compress.choice import LayerChoice
 from edgewright.errors import RecipeError
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from edgewright.compress.fake_quant import TernaryLinear
     from edgewright.export.lattice import LatticeTensor
 
 
-class TernaryConfig(BaseModel):
+class TernaryConfig(LayerChoice):
     """Absmean ternary weights (BitNet b1.58, arXiv 2402.17764) with a straight-through gradient."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["ternary"] = "ternary"
     granularity: Literal["tensor", "row", "group"] = "row"
     """What shares a scale. All three fit TQ1_0 and TQ2_0 exactly."""
@@ -32,8 +31,6 @@ class TernaryConfig(BaseModel):
     """Also round activations to int8 per token, as runtimes with integer kernels do."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps over which the weights go from full precision to ternary (lambda warm-up)."""
-    exclude: tuple[str, ...] = ()
-    """Linear layers left in full precision, by their name or the last parts of it: `down_proj`, `0.mlp.up_proj`."""
     head: bool = False
     """Whether the output head becomes ternary too; only where it does not share its weight with the embedding."""
 
@@ -49,11 +46,12 @@ class Ternary(Method):
     """
 
     type = "ternary"
+    saves = "nothing while training; 1.6875 to 2.25 bits a weight in the file"
 
     def __init__(self, config: TernaryConfig) -> None:
         self.config = config
         self._group = {"tensor": None, "row": 0, "group": config.group}[config.granularity]
-        self._prepared: list[TernaryLinear] = []
+        self._layers: dict[str, TernaryLinear] = {}
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
@@ -62,17 +60,11 @@ class Ternary(Method):
             RecipeError: EW-703, a row is no multiple of the group (names the layer); EW-708, `exclude` names no
                 layer; EW-709, `head` on a model that ties it to the embedding.
         """
-        from torch import nn
-
         from edgewright.compress.fake_quant import TernaryLinear
+        from edgewright.compress.layers import choose
 
-        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self._check_names(model, linears)
-        for name, linear in linears.items():
-            if any(_names(pattern, name) for pattern in self.config.exclude):
-                continue
-            if linear is model.get_output_embeddings() and not self.config.head:
-                continue
+        self._check_head(model)
+        for name, linear in choose(model, self.config, method=self.type, head=self.config.head).items():
             if self._group and linear.in_features % self._group:
                 raise RecipeError(
                     "EW-703",
@@ -82,19 +74,9 @@ class Ternary(Method):
                 )
             layer = TernaryLinear(linear, group=self._group, quantize_activations=self.config.quantize_activations)
             model.set_submodule(name, layer)
-            self._prepared.append(layer)
+            self._layers[name] = layer
 
-    def _check_names(self, model: PreTrainedModel, linears: dict[str, nn.Linear]) -> None:
-        for pattern in self.config.exclude:
-            if not any(_names(pattern, name) for name in linears):
-                last = sorted({name.rpartition(".")[2] for name in linears})
-                raise RecipeError(
-                    "EW-708",
-                    f"`exclude` names no linear layer of this model: {pattern!r}",
-                    expected=f"a layer's name or the last parts of it, such as {', '.join(last)}",
-                    found=pattern,
-                    fix="correct or remove it",
-                )
+    def _check_head(self, model: PreTrainedModel) -> None:
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         if self.config.head and head.weight is embeddings.weight:
             raise RecipeError(
@@ -108,25 +90,23 @@ class Ternary(Method):
         """lambda = min(1, (step + 1) / warm-up steps): 1 from the end of the warm-up on."""
         warmup = self.config.warmup_ratio * ctx.total_steps
         strength = min(1.0, (ctx.step + 1) / warmup) if warmup else 1.0
-        for layer in self._prepared:
+        for layer in self._layers.values():
             layer.strength.fill_(strength)
 
     def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
         """The model with plain linear layers that hold codes * scale, and the codes and scales by weight name."""
         import torch
-        from torch import nn
 
         from edgewright.compress.fake_quant import ternary_codes, ternary_weight
+        from edgewright.compress.layers import plain_linear, submodules
         from edgewright.export.lattice import LatticeTensor
 
         plain = copy.deepcopy(model)
         lattice: dict[str, LatticeTensor] = {}
-        for name, layer in _layers(plain).items():
+        for name, layer in submodules(plain, self._layers).items():
             with torch.no_grad():
                 codes, scales = ternary_codes(layer.weight.float(), self._group)
-                linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-                linear.weight = nn.Parameter(ternary_weight(layer.weight.float(), self._group))
-                linear.bias = layer.bias
+                linear = plain_linear(ternary_weight(layer.weight.float(), self._group), layer.bias)
             plain.set_submodule(name, linear)
             lattice[f"{name}.weight"] = LatticeTensor(
                 codes=codes.cpu().numpy().astype(np.int8),
@@ -140,26 +120,15 @@ class Ternary(Method):
     def describe(self, model: PreTrainedModel) -> MethodReport:
         """Layers changed, and the share of zeros among their codes (31 % for Gaussian latents)."""
         import torch
-        from torch import nn
 
         from edgewright.compress.fake_quant import ternary_codes
+        from edgewright.compress.layers import cost, skipped, submodules
 
-        layers = _layers(model)
+        layers = submodules(model, self._layers)
         with torch.no_grad():
             zeros = sum(
                 int((ternary_codes(layer.weight.float(), self._group)[0] == 0).sum()) for layer in layers.values()
             )
-        weights = sum(layer.weight.numel() for layer in layers.values())
-        skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        numbers = {"weights": float(weights), "zeros": zeros / max(1, weights)}
-        return MethodReport(changed=len(self._prepared), skipped=tuple(skipped), numbers=numbers)
-
-
-def _names(pattern: str, layer: str) -> bool:
-    return layer == pattern or layer.endswith(f".{pattern}")
-
-
-def _layers(model: nn.Module) -> dict[str, TernaryLinear]:
-    from edgewright.compress.fake_quant import TernaryLinear
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+        numbers = cost(layers.values())
+        numbers["zeros"] = zeros / max(1.0, numbers["weights"])
+        return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)

@@ -29,10 +29,10 @@ class StepContext:
     """Optimizer steps of the whole stage."""
     reset_state: Callable[[torch.nn.Parameter, torch.Tensor | None], None]
     """Zero the optimizer state of a parameter, where `mask` (same shape, bool) is true, or all of it."""
+    reset_all_state: Callable[[], None]
+    """Zero the optimizer state of every parameter, its step counts too: bias correction starts anew."""
     rewarm: Callable[[int], None]
-    """Warm the learning rate up again over that many steps."""
-    dense_gradient: Callable[[torch.nn.Parameter], torch.Tensor | None]
-    """The gradient of this step as the optimizer sees it (clipped), before any mask; None outside `after_step`."""
+    """Dip the learning rate, and warm it up again over that many steps (`schedule.rewarm_factor`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class MethodReport:
     skipped: tuple[str, ...]
     """Layers that it left alone on purpose, by name."""
     numbers: dict[str, float]
-    """Further figures for the log and the report, for instance the density of zeros."""
+    """Further figures for the log and the report: `compress.layers.cost`, and for instance the density of zeros."""
 
 
 class Method(ABC):
@@ -54,11 +54,16 @@ class Method(ABC):
     """
 
     type: ClassVar[str]
+    saves: ClassVar[str]
+    """What it saves, while training and in the file, in one line for `ls methods`."""
+    keeps_names: ClassVar[bool] = True
+    """Whether the trained form holds the plain model's weights under their own names (latent, or masked), so that a
+    later stage may go on from them; otherwise it goes on from what `finish` gave."""
     registry: ClassVar[dict[str, builtins.type[Method]]] = {}
 
     def __init_subclass__(cls) -> None:
-        if "type" not in cls.__dict__:
-            raise TypeError(f"{cls.__name__} needs a class attribute `type`: its name in recipes")
+        if not {"type", "saves"} <= cls.__dict__.keys():
+            raise TypeError(f"{cls.__name__} needs `type`, its name in recipes, and `saves`, what it is good for")
         if cls.type in Method.registry:
             raise TypeError(f"the method {cls.type!r} is defined twice: was `compress` imported without `edgewright.`?")
         Method.registry[cls.type] = cls
@@ -72,6 +77,9 @@ class Method(ABC):
 
         So what it does must follow from `ctx` and the state, and not count its own calls.
         """
+
+    def after_backward(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
+        """Called when the gradients of a step are complete, before they are clipped."""
 
     def after_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
         """Called after every optimizer step."""

@@ -61,3 +61,20 @@ class ConstantConfig(_Schedule):
 
 
 ScheduleConfig = Annotated[CosineConfig | WsdConfig | ConstantConfig, Field(discriminator="type")]
+
+
+REWARM_START = 1e-3
+"""Share of the target rate that a re-warm-up starts from."""
+
+
+def rewarm_factor(schedule: ScheduleConfig, step: int, total: int, first: int, steps: int) -> float:
+    """The factor after a dip at step `first`, from which the rate climbs linearly over `steps` steps.
+
+    0.001 of its target at `first`, the target at `first + steps - 1`; the target is the schedule's factor at
+    `first + steps`, where the schedule takes over (Glentis et al., arXiv 2505.22922).
+    """
+    if step >= first + steps:
+        return schedule.factor(step, total)
+    target = schedule.factor(min(first + steps, total - 1), total)
+    climbed = 1.0 if steps == 1 else (step - first) / (steps - 1)
+    return target * (REWARM_START + (1 - REWARM_START) * climbed)

@@ -184,7 +184,10 @@ def _student(
 
     directory = model_of(config, earlier)
     if isinstance(config, StageStudentConfig):
-        directory = trained_form(directory.parent)
+        before = recipe.stage(config.stage)
+        assert before is not None, "the recipe was checked"
+        if all(method.build().keeps_names for method in before.methods):
+            directory = trained_form(directory.parent)
     if stage.methods and (directory / SIDECAR).exists():
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
     for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):

@@ -188,10 +188,10 @@ def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Hea
     from torch import nn
 
     from edgewright.chunked import Head
-    from edgewright.compress.fake_quant import TernaryLinear
+    from edgewright.compress.layers import CompressedLinear
 
     layer = model.get_output_embeddings()
-    if isinstance(layer, TernaryLinear):
+    if isinstance(layer, CompressedLinear):
         weight = layer.effective_weight()
     elif type(layer) is nn.Linear:
         weight = layer.weight
@@ -199,7 +199,7 @@ def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Hea
         raise RecipeError(
             "EW-707",
             "this output head cannot be trained in chunks",
-            expected="a linear layer, plain or ternary",
+            expected="a linear layer, plain or one that a method represents",
             found=type(layer).__name__,
             fix="exclude the head from the method that replaced it",
         )

@@ -23,6 +23,7 @@ from edgewright.errors import Diverged
 from edgewright.method import Method, StepContext
 from edgewright.objective import ModelInputs, Objective
 from edgewright.optim.state import named_state, reset_state, restore_state
+from edgewright.schedule import rewarm_factor
 from edgewright.student import hidden_states, output_head
 from edgewright.training import StopRequest, TrainingConfig
 
@@ -154,6 +155,8 @@ class Trainer:
                 self.job.optimizer.zero_grad(set_to_none=True)
                 set_random_state(rng)
                 self._interrupt()
+        for method in self.job.methods:
+            method.after_backward(context)
         parameters = [p for p in self.job.model.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.job.settings.max_grad_norm, foreach=True)
         loss_value, norm_value = float(total.sum()), float(norm)
@@ -191,12 +194,10 @@ class Trainer:
             self.save()
 
     def learning_rate_factor(self) -> float:
-        """The schedule's factor, and a linear climb while a re-warm-up runs."""
-        factor = self.job.schedule.factor(self.state.step, self.job.total_steps)
+        """The schedule's factor, or the climb back to it while a re-warm-up runs."""
         if self.state.rewarm is None:
-            return factor
-        first, steps = self.state.rewarm
-        return factor * min(1.0, (self.state.step - first + 1) / steps)
+            return self.job.schedule.factor(self.state.step, self.job.total_steps)
+        return rewarm_factor(self.job.schedule, self.state.step, self.job.total_steps, *self.state.rewarm)
 
     def evaluate(self) -> float | None:
         """Mean cross-entropy on the first held-out sequences; logged as nats per token and bits per byte."""
@@ -297,8 +298,8 @@ class Trainer:
             step=self.state.step,
             total_steps=self.job.total_steps,
             reset_state=reset,
+            reset_all_state=self.job.optimizer.state.clear,
             rewarm=rewarm,
-            dense_gradient=lambda parameter: parameter.grad,
         )
 
     def _with_penalties(self, loss: Tensor, micro_batches: int) -> Tensor:

@@ -38,8 +38,8 @@ def _context(step, total=10):
         step=step,
         total_steps=total,
         reset_state=lambda parameter, mask: None,
+        reset_all_state=lambda: None,
         rewarm=lambda steps: None,
-        dense_gradient=lambda parameter: parameter.grad,
     )
 
 

@@ -1,0 +1,156 @@
+"""Which linear layers a method represents, and what such a layer is to the rest of the house.
+
+A weight has one owner: a method picks among the plain linear layers that no earlier method of the stage has taken, so
+several methods share a model by sharing out its layers (`layers`, `exclude`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from torch import nn
+
+from edgewright.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from edgewright.compress.choice import LayerChoice
+
+
+Layer = TypeVar("Layer", bound="CompressedLinear")
+
+
+class CompressedLinear(nn.Module, ABC):
+    """A linear layer whose weight a method represents: y = x W^T + bias, with W not stored as it is."""
+
+    method: ClassVar[str]
+    """`Method.type` of the owner."""
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    @abstractmethod
+    def effective_weight(self) -> Tensor:
+        """W of the forward, [out, in], with gradients.
+
+        Raises:
+            ValueError: the layer is no product with one matrix (an activation lies between its factors).
+        """
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Floating-point operations of the forward for one token; a multiply-add counts as two."""
+
+
+def choose(model: PreTrainedModel, choice: LayerChoice, *, method: str, head: bool = False) -> dict[str, nn.Linear]:
+    """The linear layers that a method gets, by name, in the order of the model.
+
+    Args:
+        model: perhaps with layers that earlier methods have taken.
+        choice: what the recipe says.
+        method: the name of the method that asks, for the message.
+        head: whether the output head is among them.
+
+    Raises:
+        RecipeError: EW-708, a name stands for no linear layer; EW-711, a layer belongs to an earlier method.
+    """
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, CompressedLinear))
+    }
+    linears = {name: module for name, module in linears.items() if not _inside(name, linears)}
+    for setting, patterns in (("layers", choice.layers), ("exclude", choice.exclude)):
+        for pattern in patterns:
+            _check_name(setting, pattern, linears)
+    output = model.get_output_embeddings()
+    chosen = {}
+    for name, module in linears.items():
+        asked = not choice.layers or any(named(pattern, name) for pattern in choice.layers)
+        if not asked or any(named(pattern, name) for pattern in choice.exclude) or (module is output and not head):
+            continue
+        if isinstance(module, CompressedLinear):
+            raise _taken(name, module.method, method)
+        chosen[name] = module
+    return chosen
+
+
+def named(pattern: str, layer: str) -> bool:
+    """Whether a pattern of a recipe stands for a layer: its name, or the last parts of it."""
+    return layer == pattern or layer.endswith(f".{pattern}")
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that holds these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear
+
+
+def submodules(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """The layers of these names in a model, which may be a copy of the one that they were put into."""
+    found: dict[str, Layer] = {}
+    for name, layer in layers.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, type(layer)), f"{name} is a {type(module).__name__}"
+        found[name] = module
+    return found
+
+
+def cost(layers: Iterable[CompressedLinear]) -> dict[str, float]:
+    """What layers cost in training, for a method's report.
+
+    `weights` of the matrices that they stand for; `parameters`, the numbers that are trained for them (as many are in
+    their gradients, and twice as many in Adam's state); `flops` of the forward for one token.
+    """
+    layers = list(layers)
+    trained = {id(p): p.numel() for layer in layers for p in layer.parameters() if p.requires_grad}
+    return {
+        "weights": float(sum(layer.in_features * layer.out_features for layer in layers)),
+        "parameters": float(sum(trained.values())),
+        "flops": float(sum(layer.flops() for layer in layers)),
+    }
+
+
+def skipped(model: nn.Module) -> tuple[str, ...]:
+    """The linear layers that no method has taken, by name."""
+    owned = {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
+    return tuple(
+        name for name, module in model.named_modules() if type(module) is nn.Linear and not _inside(name, owned)
+    )
+
+
+def _inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is part of one of the layers, such as a factor."""
+    parents = name.split(".")
+    return any(".".join(parents[:depth]) in layers for depth in range(1, len(parents)))
+
+
+def _check_name(setting: str, pattern: str, linears: Mapping[str, nn.Module]) -> None:
+    if any(named(pattern, name) for name in linears):
+        return
+    last = sorted({name.rpartition(".")[2] for name in linears})
+    near = difflib.get_close_matches(pattern, [*last, *linears], n=1)
+    raise RecipeError(
+        "EW-708",
+        f"`{setting}` names no linear layer of this model: {pattern!r}",
+        expected=f"a layer's name or the last parts of it, such as {', '.join(last)}",
+        found=pattern,
+        fix=f"did you mean {near[0]!r}?" if near else "correct or remove it",
+    )
+
+
+def _taken(layer: str, owner: str, method: str) -> RecipeError:
+    last = layer.rpartition(".")[2]
+    return RecipeError(
+        "EW-711",
+        f"two methods want the same weight: {layer}",
+        expected="one method for each layer",
+        found=f"{owner!r} has it, {method!r} asks for it",
+        fix=f"share the layers out: `exclude: [{last}]` in one of them, or `layers: [...]`",
+    )

@@ -1,0 +1,133 @@
+"""Every method once, with what is true of it: the table that `test_methods.py` goes through; and a small loop."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from edgewright.compress.choice import LayerChoice
+from edgewright.compress.ternary import TernaryConfig
+from edgewright.method import Method, StepContext
+
+VOCABULARY = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A method under one setting."""
+
+    name: str
+    config: LayerChoice
+    limit: LayerChoice | None = None
+    """The setting at which the method's forward is the dense model's; None: there is none."""
+    merges: bool = True
+    """Whether `finish` gives a model of plain linear layers."""
+    quantizes: bool = False
+    """Whether `finish` gives a lattice."""
+    exact: float = 1e-5
+    """Largest relative difference of the finished model's logits from the trained form's."""
+
+
+CASES = [
+    Case(name="ternary", config=TernaryConfig(), quantizes=True),
+    Case(name="ternary-tensor", config=TernaryConfig(granularity="tensor"), quantizes=True),
+    Case(name="ternary-group", config=TernaryConfig(granularity="group"), quantizes=True),
+]
+
+
+def small_model(seed: int = 0) -> PreTrainedModel:
+    """A Llama of 2 layers whose sizes all differ (256, 512, keys and values 128), tied head, no dropout."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def tokens(seed: int = 0, rows: int = 2) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, 16), generator=torch.Generator().manual_seed(seed))
+
+
+class Loop:
+    """What the trainer does with a method, without everything else."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, total_steps: int = 20, learning_rate: float = 1e-3):
+        self.model, self.method, self.total_steps = model, method, total_steps
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.1)
+        self.step = 0
+        self.rewarmed: list[tuple[int, int]] = []
+
+    def context(self) -> StepContext:
+        from edgewright.optim.state import reset_state
+
+        return StepContext(
+            step=self.step,
+            total_steps=self.total_steps,
+            reset_state=lambda parameter, mask: reset_state(self.optimizer, parameter, mask),
+            reset_all_state=self.optimizer.state.clear,
+            rewarm=lambda steps: self.rewarmed.append((self.step, steps)),
+        )
+
+    def run(self, steps: int) -> None:
+        self.model.train()
+        for _ in range(steps):
+            self.method.before_step(self.context())
+            batch = tokens(seed=self.step)
+            loss = self.model(input_ids=batch, labels=batch).loss
+            penalty = self.method.penalty()
+            (loss if penalty is None else loss + penalty).backward()
+            self.method.after_backward(self.context())
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.method.after_step(self.context())
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "method": self.method.state_dict(),
+                "step": self.step,
+            }
+        )
+
+    def load(self, state: dict[str, Any]) -> None:
+        state = copy.deepcopy(state)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.step = state["step"]
+
+
+def prepared(config: LayerChoice, seed: int = 0) -> tuple[PreTrainedModel, Method]:
+    model = small_model(seed)
+    method = config.build()
+    method.prepare(model)
+    return model, method
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    model.eval()
+    return model(input_ids=tokens(seed=99)).logits.double()
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
