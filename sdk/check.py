@@ -187,8 +187,12 @@ class _Checker:
         if count is not None:
             self.parameters[stage.name] = count
         size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
+        steps = stage.budget.steps(stage.training.tokens_per_step(self.recipe.data.sequence_length))
+        for method in stage.methods:
+            method.build().check_run(steps)
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
-        yield f"{size}, {methods}, {stage.objective.type}"
+        steps = stage.total_steps(self.recipe.data.sequence_length)
+        yield f"{size}, {methods}, {stage.objective.type}, {steps:,} steps"
         for owner, role, config in self._taught():
             if owner is stage and config.type == "checkpoint" and config.model in self.sound:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")

@@ -72,6 +72,16 @@ class Method(ABC):
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model in place into its trainable form, before the optimizer is built."""
 
+    def check_run(self, total_steps: int) -> None:  # noqa: B027 - an optional hook
+        """Called before anything is trained: refuse a run that is too short for what the method does on the way.
+
+        Args:
+            total_steps: optimizer steps of the whole stage.
+
+        Raises:
+            RecipeError: with the nearest legal value.
+        """
+
     def before_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
         """Called before the forward of every optimizer step; again for the same step when a signal cut that one off.
 

@@ -83,12 +83,13 @@ def train_stage(
         say(f"{stage.name}: done already")
         return _read_result(done)
     settings, data = stage.training, recipe.data
+    tokens_per_step, steps = stage.tokens_per_step(data.sequence_length), stage.total_steps(data.sequence_length)
     newest = checkpoint.newest(directory / "checkpoints", say)
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
         torch.set_num_threads(loaded.state.decisions["threads"])
     model = _student(recipe, stage, corpus, earlier, say)
-    tokens_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * data.sequence_length
+    tokens_per_step = settings.tokens_per_step(data.sequence_length)
     steps = stage.budget.steps(tokens_per_step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     state = (
@@ -100,6 +101,8 @@ def train_stage(
     torch.manual_seed(recipe.seed)
     model.to(state.decisions["device"])
     methods: list[Method] = [config.build() for config in stage.methods]
+    for method in methods:
+        method.check_run(steps)
     reports = _prepare(methods, model, say)
     batches, held_out = (
         Batches(

@@ -63,6 +63,10 @@ class TrainingConfig(BaseModel):
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
 
+    def tokens_per_step(self, sequence_length: int) -> int:
+        """Tokens of a global batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * sequence_length
+
 
 COMPILE_COST_SECONDS = 40.0
 """Cold start of torch.compile on two cores (measured: 21-30 s for each of two graphs' worth of kernels)."""
