@@ -191,8 +191,7 @@ class _Checker:
         for method in stage.methods:
             method.build().check_run(steps)
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
-        steps = stage.total_steps(self.recipe.data.sequence_length)
-        yield f"{size}, {methods}, {stage.objective.type}, {steps:,} steps"
+        yield f"{size}, {methods}, {stage.objective.type}"
         for owner, role, config in self._taught():
             if owner is stage and config.type == "checkpoint" and config.model in self.sound:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")

@@ -83,7 +83,6 @@ def train_stage(
         say(f"{stage.name}: done already")
         return _read_result(done)
     settings, data = stage.training, recipe.data
-    tokens_per_step, steps = stage.tokens_per_step(data.sequence_length), stage.total_steps(data.sequence_length)
     newest = checkpoint.newest(directory / "checkpoints", say)
     loaded = checkpoint.load(newest) if newest else None
     if loaded:
