@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import nn
 
 from edgewright.errors import RecipeError
@@ -28,7 +29,7 @@ Layer = TypeVar("Layer", bound="CompressedLinear")
 class CompressedLinear(nn.Module, ABC):
     """A linear layer whose weight a method represents: y = x W^T + bias, with W not stored as it is."""
 
-    method: ClassVar[str]
+    method: str
     """`Method.type` of the owner."""
     in_features: int
     out_features: int
@@ -90,6 +91,12 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias)
     return linear
+
+
+def merged(layer: CompressedLinear) -> nn.Linear:
+    """The plain linear layer that computes the same."""
+    with torch.no_grad():
+        return plain_linear(layer.effective_weight().clone(), layer.bias)
 
 
 def submodules(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:

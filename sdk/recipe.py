@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgewright import recipe_shape as shape
 from edgewright.compress.distill import DistillConfig
+from edgewright.compress.lowrank import LowRankConfig
 from edgewright.compress.ternary import TernaryConfig
 from edgewright.data import DataConfig
 from edgewright.errors import RecipeError, RecipeErrors
@@ -34,8 +35,8 @@ from edgewright.yaml_positions import Path as TreePath
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A word that is a folder's name as well."""
 ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig, Field(discriminator="type")]
-# These two become unions like the others as soon as there is a second one.
-MethodConfig = TernaryConfig
+MethodConfig = Annotated[LowRankConfig | TernaryConfig, Field(discriminator="type")]
+# This becomes a union like the others as soon as there is a second one.
 OptimizerConfig = AdamWConfig
 
 

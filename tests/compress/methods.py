@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edgewright.compress.choice import LayerChoice
+from edgewright.compress.lowrank import LowRankConfig, ReLoRAConfig
 from edgewright.compress.ternary import TernaryConfig
 from edgewright.method import Method, StepContext
 
@@ -33,6 +34,15 @@ class Case:
 
 
 CASES = [
+    Case(name="lowrank", config=LowRankConfig(rank_fraction=0.25), limit=LowRankConfig(rank_fraction=1.0)),
+    Case(name="lowrank-cola", config=LowRankConfig(rank=32, activation="silu", init="cola"), merges=False),
+    Case(name="lowrank-restarts", config=LowRankConfig(rank=32, restart_every=3, rewarm_steps=2)),
+    Case(name="lowrank-factors", config=LowRankConfig(rank=32, merge=False), merges=False),
+    Case(
+        name="lowrank-relora",
+        config=LowRankConfig(rank=8, relora=ReLoRAConfig(merge_every=3), rewarm_steps=0),
+        limit=LowRankConfig(rank=8, relora=ReLoRAConfig(merge_every=100)),  # B = 0
+    ),
     Case(name="ternary", config=TernaryConfig(), quantizes=True),
     Case(name="ternary-tensor", config=TernaryConfig(granularity="tensor"), quantizes=True),
     Case(name="ternary-group", config=TernaryConfig(granularity="group"), quantizes=True),
@@ -104,6 +114,7 @@ class Loop:
                 "optimizer": self.optimizer.state_dict(),
                 "method": self.method.state_dict(),
                 "step": self.step,
+                "rng": torch.get_rng_state(),
             }
         )
 
@@ -113,6 +124,7 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
         self.step = state["step"]
+        torch.set_rng_state(state["rng"])
 
 
 def prepared(config: LayerChoice, seed: int = 0) -> tuple[PreTrainedModel, Method]:

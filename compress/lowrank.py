@@ -1,0 +1,158 @@
+"""Low-rank training: W = B A, from scratch or from a checkpoint, with restarts, an activation, or ReLoRA's merges."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from edgewright.compress.rank import RankChoice
+from edgewright.compress.restarts import Restarts, check_period, due, restart
+from edgewright.method import Method, MethodReport, StepContext
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from edgewright.compress.factors import FactoredLinear
+    from edgewright.compress.relora import ReLoRALinear
+    from edgewright.export.lattice import LatticeTensor
+
+
+class ReLoRAConfig(BaseModel):
+    """Full rank by many low-rank steps: W stays frozen, (alpha / r) B A is merged into it now and then (2307.05695)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    merge_every: int = Field(gt=0)
+    """Optimizer steps between merges; the paper's are 1000 to 5000."""
+    alpha: float = Field(default=32.0, gt=0)
+    """The factors' product counts alpha / r."""
+
+
+class LowRankConfig(RankChoice, Restarts):
+    """Two factors in the place of each matrix, y = B act(A x): fewer parameters, gradients, moments and operations.
+
+    Plain factors (act: none) with restarts are arXiv 2505.22922; `activation: silu` with `init: cola` is CoLA (arXiv
+    2502.10940). Without an activation the finished model has plain matrices again.
+    """
+
+    type: Literal["lowrank"] = "lowrank"
+    activation: Literal["none", "silu"] = "none"
+    """Between the factors. With one they cannot be merged, and the finished model keeps them."""
+    init: Literal["spectral", "cola"] = "spectral"
+    """spectral: the best approximation of the weights that are there; cola: random, whatever is there."""
+    relora: ReLoRAConfig | None = None
+    """Train the factors beside the frozen matrices, which must be worth something: start from an earlier stage."""
+    merge: bool = True
+    """Whether the finished model has B A multiplied out; false keeps the factors, and their smaller size and cost, for
+    the runtimes that can hold them."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> LowRankConfig:
+        if self.activation != "none" and self.restart_every is not None and self.refactor:
+            raise ValueError("an activation between the factors cannot be refactored: set refactor to false")
+        if self.relora is None:
+            return self
+        if self.activation != "none" or self.restart_every is not None or not self.merge:
+            raise ValueError("relora merges B A into a matrix: it goes with no activation, restart_every or merge")
+        if self.init != "spectral":
+            raise ValueError("relora starts from B = 0: leave init out")
+        if self.rewarm_steps >= self.relora.merge_every:
+            raise ValueError(f"rewarm_steps must be below merge_every ({self.relora.merge_every})")
+        return self
+
+    def build(self) -> LowRank:
+        return LowRank(self)
+
+
+class LowRank(Method):
+    """Replaces linear layers, but the head and the excluded ones, by pairs of factors.
+
+    A factor pair saves parameters and operations where r < in * out / (in + out); `describe` counts the layers where it
+    does not. ReLoRA zeroes the moments of the factors wholly at a merge, where the paper prunes 99.9 % of them at
+    random: what is left of them belongs to factors that are no more.
+    """
+
+    type = "lowrank"
+    saves = "parameters, gradients, moments and operations, r (in + out) for in * out; the file only with its factors"
+    keeps_names = False
+
+    def __init__(self, config: LowRankConfig) -> None:
+        self.config = config
+        self._layers: dict[str, FactoredLinear] = {}
+        self._relora: dict[str, ReLoRALinear] = {}
+
+    def check_run(self, total_steps: int) -> None:
+        """EW-721: no restart or merge would ever come."""
+        check_period("restart_every", self.config.restart_every, total_steps)
+        if self.config.relora is not None:
+            check_period("merge_every", self.config.relora.merge_every, total_steps)
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Swap the linear layers.
+
+        Raises:
+            RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
+        """
+        from edgewright.compress.layers import choose
+        from edgewright.compress.relora import ReLoRALinear
+
+        linears = choose(model, self.config, method=self.type)
+        ranks = {name: self.config.rank_of(name, linear) for name, linear in linears.items()}
+        for name, linear in linears.items():
+            if self.config.relora is None:
+                layer = self._factored(linear, ranks[name])
+                self._layers[name] = layer
+                model.set_submodule(name, layer)
+            else:
+                adapted = ReLoRALinear(linear, rank=ranks[name], alpha=self.config.relora.alpha)
+                self._relora[name] = adapted
+                model.set_submodule(name, adapted)
+
+    def _factored(self, linear: nn.Linear, rank: int) -> FactoredLinear:
+        import torch
+
+        from edgewright.compress.factors import FactoredLinear, cola, spectral
+
+        start = {"spectral": spectral, "cola": cola}[self.config.init]
+        with torch.no_grad():
+            factors = start(linear.weight, rank)
+        return FactoredLinear(factors, bias=linear.bias, activation=self.config.activation, method=self.type)
+
+    def after_step(self, ctx: StepContext) -> None:
+        """A restart, or a merge, at the steps kT - 1 (counted from 0) that leave a whole period."""
+        relora = self.config.relora
+        if relora is None:
+            restart(self.config, ctx, self._layers.values())
+        elif due(relora.merge_every, ctx):
+            for layer in self._relora.values():
+                layer.merge()
+                for factor in layer.factors:
+                    ctx.reset_state(factor, None)
+            if self.config.rewarm_steps:
+                ctx.rewarm(self.config.rewarm_steps)
+
+    def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
+        """The model with plain linear layers; where an activation or the recipe forbids that, with its factors."""
+        from edgewright.compress.layers import merged, submodules
+
+        finished = copy.deepcopy(model)
+        if self.config.merge and self.config.activation == "none":
+            for name, layer in {**submodules(finished, self._layers), **submodules(finished, self._relora)}.items():
+                finished.set_submodule(name, merged(layer))
+        return finished, {}
+
+    def describe(self, model: PreTrainedModel) -> MethodReport:
+        """Layers changed, what they cost, and `without_saving`: those whose rank is so high that factors cost more."""
+        from edgewright.compress.layers import CompressedLinear, cost, skipped, submodules
+
+        layers: list[CompressedLinear] = [
+            *submodules(model, self._layers).values(),
+            *submodules(model, self._relora).values(),
+        ]
+        numbers = cost(layers)
+        numbers["without_saving"] = float(
+            sum(layer.flops() >= 2 * layer.in_features * layer.out_features for layer in layers)
+        )
+        return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)
