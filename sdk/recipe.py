@@ -17,7 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgewright import recipe_shape as shape
 from edgewright.compress.distill import DistillConfig
+from edgewright.compress.integer import IntegerConfig
+from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig
+from edgewright.compress.sltrain import SLTrainConfig
+from edgewright.compress.sparse import SparseConfig
 from edgewright.compress.ternary import TernaryConfig
 from edgewright.data import DataConfig
 from edgewright.errors import RecipeError, RecipeErrors
@@ -35,7 +39,10 @@ from edgewright.yaml_positions import Path as TreePath
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A word that is a folder's name as well."""
 ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig, Field(discriminator="type")]
-MethodConfig = Annotated[LowRankConfig | TernaryConfig, Field(discriminator="type")]
+MethodConfig = Annotated[
+    IntegerConfig | LostConfig | LowRankConfig | SLTrainConfig | SparseConfig | TernaryConfig,
+    Field(discriminator="type"),
+]
 # This becomes a union like the others as soon as there is a second one.
 OptimizerConfig = AdamWConfig
 

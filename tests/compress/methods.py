@@ -10,7 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edgewright.compress.choice import LayerChoice
+from edgewright.compress.lost import LostConfig
+from edgewright.compress.integer import IntegerConfig
 from edgewright.compress.lowrank import LowRankConfig, ReLoRAConfig
+from edgewright.compress.sltrain import SLTrainConfig
+from edgewright.compress.sparse import GradualMask, SparseConfig, StaticMask, TwoOfFourMask
 from edgewright.compress.ternary import TernaryConfig
 from edgewright.method import Method, StepContext
 
@@ -34,6 +38,20 @@ class Case:
 
 
 CASES = [
+    Case(name="integer-q4_0", config=IntegerConfig(), quantizes=True),
+    Case(name="integer-q8_0", config=IntegerConfig(format="q8_0"), quantizes=True),
+    Case(name="integer-4-bits-of-64", config=IntegerConfig(format="matmulnbits", block=64), quantizes=True),
+    Case(name="integer-8-bits-of-128", config=IntegerConfig(format="matmulnbits", bits=8, block=128), quantizes=True),
+    Case(
+        name="lost",
+        config=LostConfig(rank_fraction=0.25, columns=0.05),
+        limit=LostConfig(rank_fraction=1.0, columns=1.0, gamma=0.5, activation="none"),
+        merges=False,
+    ),
+    Case(
+        name="lost-merged",
+        config=LostConfig(rank=32, columns=0.1, gamma=0.9, activation="none", restart_every=3, rewarm_steps=1),
+    ),
     Case(name="lowrank", config=LowRankConfig(rank_fraction=0.25), limit=LowRankConfig(rank_fraction=1.0)),
     Case(name="lowrank-cola", config=LowRankConfig(rank=32, activation="silu", init="cola"), merges=False),
     Case(name="lowrank-restarts", config=LowRankConfig(rank=32, restart_every=3, rewarm_steps=2)),
@@ -43,9 +61,44 @@ CASES = [
         config=LowRankConfig(rank=8, relora=ReLoRAConfig(merge_every=3), rewarm_steps=0),
         limit=LowRankConfig(rank=8, relora=ReLoRAConfig(merge_every=100)),  # B = 0
     ),
+    Case(name="sparse", config=SparseConfig(), limit=SparseConfig(density=1.0), exact=0.0),
+    Case(name="sparse-erk", config=SparseConfig(density=0.25, mask=StaticMask(distribution="erk")), exact=0.0),
+    Case(
+        name="sparse-erk-plus", config=SparseConfig(density=0.25, mask=StaticMask(distribution="erk_plus")), exact=0.0
+    ),
+    Case(
+        name="sparse-gradual",
+        config=SparseConfig(density=0.25, mask=GradualMask()),
+        limit=SparseConfig(density=0.01, mask=GradualMask()),  # nothing is pruned at the start
+        exact=0.0,
+    ),
+    Case(
+        name="sparse-gradual-uniform",
+        config=SparseConfig(density=0.5, mask=GradualMask(end=1.0, prune_every=2, floor=1.0)),
+        exact=0.0,
+    ),
+    Case(name="sparse-2:4", config=SparseConfig(mask=TwoOfFourMask()), exact=0.0),
+    Case(name="sparse-2:4-ste", config=SparseConfig(mask=TwoOfFourMask(decay=0.0)), exact=0.0),
+    Case(name="sltrain", config=SLTrainConfig(rank=16)),
+    Case(
+        name="sltrain-spectral",
+        config=SLTrainConfig(rank=16, density=0.1, init="spectral", restart_every=3, rewarm_steps=1),
+        limit=SLTrainConfig(rank=16, density=1.0, init="spectral"),
+    ),
     Case(name="ternary", config=TernaryConfig(), quantizes=True),
     Case(name="ternary-tensor", config=TernaryConfig(granularity="tensor"), quantizes=True),
     Case(name="ternary-group", config=TernaryConfig(granularity="group"), quantizes=True),
+    Case(name="ternary-int8-activations", config=TernaryConfig(quantize_activations=True), quantizes=True, exact=0.05),
+    # the finished model leaves the rounding of activations to the runtime
+    *(
+        Case(name=f"ternary-{quantizer}", config=TernaryConfig(quantizer=quantizer), quantizes=True)
+        for quantizer in ("median", "twn", "seq_ternary", "seq_2bit", "tequila", "sherry")
+    ),
+    Case(
+        name="ternary-seq_2bit-group",
+        config=TernaryConfig(quantizer="seq_2bit", granularity="group", group=64),
+        quantizes=True,
+    ),
 ]
 
 

