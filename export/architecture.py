@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
+from edgewright.imports import no_collection
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,6 +68,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _complete(read_json(directory / "config.json"), open_config(directory))
 
 
+@no_collection()
 def open_config(directory: Path) -> PretrainedConfig:
     """config.json as the object that transformers makes of it.
 
@@ -85,6 +87,7 @@ def open_config(directory: Path) -> PretrainedConfig:
     return config
 
 
+@no_collection()
 def read_architecture(directory: Path) -> Architecture:
     """The weights of the architecture that a directory's config.json names.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +153,15 @@ def hash_of(artifact: Path) -> str:
         return sha256_file(artifact)
     digests = [(sha256_file(path), path.relative_to(artifact).as_posix()) for path in _content(artifact)]
     return hashlib.sha256("".join(f"{digest} {name}\n" for digest, name in digests).encode()).hexdigest()
+
+
+def settled_hash_of(artifact: Path) -> str:
+    """`hash_of` what was just written, while it goes to the disk; on return both are done."""
+    with ThreadPoolExecutor(1) as pool:
+        settled = pool.submit(lambda: [sync(path) for path in _content(artifact)])
+        found = hash_of(artifact)
+        settled.result()
+    return found
 
 
 def _content(artifact: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,9 +13,11 @@ from edgewright.errors import BadInput
 from edgewright.export.architecture import Architecture, read_architecture, read_config
 from edgewright.export.detection import detect_lattice
 from edgewright.export.guard import MAX_INDEX_BYTES, check_model_directory, read_json
+from edgewright.export.in_order import in_order
 from edgewright.export.lattice import SIDECAR, LatticeTensor, load_sidecar
 from edgewright.export.packed_checkpoint import Packing, find_packing
 from edgewright.export.tokenizer_files import open_tokenizer, read_tokenizer, write_tokenizer
+from edgewright.export.weight_hash import weights_sha256, weights_sha256_meanwhile
 
 if TYPE_CHECKING:
     import torch
@@ -161,32 +162,33 @@ def load_source(directory: Path | str) -> Source:
     """
     directory = Path(directory)
     check_model_directory(directory)
-    architecture = read_architecture(directory)
-    open_tokenizer(directory)
-    config = read_config(directory)
-    packing = find_packing(directory, config)
-    found = _stored_tensors(directory)
-    tensors = _named_tensors(directory, architecture, found, packing)
-    optional = directory / "tokenizer_config.json"
-    plain = Source(
-        directory=directory,
-        config=config,
-        architecture=architecture,
-        tokenizer=read_tokenizer(directory),
-        tokenizer_config=read_json(optional) if optional.exists() else {},
-        lattice={},
-        files=tensors.files,
-        stored=tensors.stored,
-        sha256=weights_sha256(directory),
-    )
+    with weights_sha256_meanwhile(directory) as sha256:  # while the modules load that know the architecture
+        architecture = read_architecture(directory)
+        open_tokenizer(directory)
+        config = read_config(directory)
+        packing = find_packing(directory, config)
+        found = _stored_tensors(directory)
+        tensors = _named_tensors(directory, architecture, found, packing)
+        optional = directory / "tokenizer_config.json"
+        plain = Source(
+            directory=directory,
+            config=config,
+            architecture=architecture,
+            tokenizer=read_tokenizer(directory),
+            tokenizer_config=read_json(optional) if optional.exists() else {},
+            lattice={},
+            files=tensors.files,
+            stored=tensors.stored,
+            sha256=sha256.result(),
+        )
     if packing is not None:
         paths = {key: path for key, (path, _) in found.items()}
         lattice = {name: _unpacked(plain, packing, paths, name) for name in sorted(tensors.packed)}
         return replace(plain, lattice=lattice, restored=tensors.packed)
     if (directory / SIDECAR).exists():
         lattice, restored = _checked_sidecar(plain)
-        sha256 = weights_sha256(directory, sidecar=True) if restored else plain.sha256
-        return replace(plain, lattice=lattice, restored=restored, sha256=sha256)
+        exact = weights_sha256(directory, sidecar=True) if restored else plain.sha256
+        return replace(plain, lattice=lattice, restored=restored, sha256=exact)
     return replace(plain, lattice=_detected(plain))
 
 
@@ -195,17 +197,6 @@ def _unpacked(source: Source, packing: Packing, paths: Mapping[str, Path], name:
     rows, columns = source.matrix_shape(name)
     settings = source.config["quantization_config"]
     return packing.read(paths, source.stored.get(name, name), (rows, columns), settings)
-
-
-def weights_sha256(directory: Path, *, sidecar: bool = False) -> str:
-    """sha256 over the safetensors files of a model, in the order of their names; of the lattice's file if asked."""
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        if sidecar or path.name != SIDECAR:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-    return digest.hexdigest()
 
 
 def special_ids(
@@ -362,10 +353,10 @@ def _read(path: Path, name: str) -> torch.Tensor:
 
 
 def _detected(source: Source) -> dict[str, LatticeTensor]:
-    """The linear weights and token embeddings whose values turn out to lie on a lattice; read one after the other."""
-    names = dict.fromkeys([*source.linears, source.embedding])
-    found = {name: detect_lattice(source.matrix(name)) for name in names}
-    return {name: lattice for name, lattice in found.items() if lattice is not None}
+    """The linear weights and token embeddings whose values turn out to lie on a lattice."""
+    names = list(dict.fromkeys([*source.linears, source.embedding]))
+    found = in_order(lambda name: detect_lattice(source.matrix(name)), names)
+    return {name: lattice for name, lattice in zip(names, found, strict=True) if lattice is not None}
 
 
 def _checked_sidecar(source: Source) -> tuple[dict[str, LatticeTensor], frozenset[str]]:

@@ -15,8 +15,8 @@ from edgewright.export.artifact import (
     Artifact,
     Written,
     drop_entry,
-    hash_of,
     read_entry,
+    settled_hash_of,
     size_of,
     write_entry,
 )
@@ -412,7 +412,7 @@ def _entry(place: Path, to: str, quant: str, written: Written, source: Source, p
         "quant": quant,
         "embedding_quant": written.embedding_quant,
         "bytes": size_of(place),
-        "sha256": hash_of(place),
+        "sha256": settled_hash_of(place),
         "made_from": {"name": source.name, "sha256": source.sha256},
         "fallbacks": [asdict(fallback) for fallback in written.fallbacks],
         "notes": written.notes,

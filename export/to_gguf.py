@@ -1,7 +1,7 @@
 """GGUF files for llama.cpp, from a checkpoint of any family in `gguf/architecture.FAMILIES`.
 
 Every weight is laid out from its lattice: the checkpoint's own codes where it is quantized, else codes made once by
-ggml's rule for the type. Tensors are read, packed and written one at a time.
+ggml's rule for the type. Tensors are read and packed a few at a time, and written one after the other.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from edgewright.export.gguf.widths import (
     type_in,
     width_for,
 )
+from edgewright.export.in_order import in_order
 from edgewright.export.lattice import LatticeTensor, round_q4_0, round_q8_0, round_ternary
 from edgewright.export.source import Source
 
@@ -141,24 +142,48 @@ def _write_tensors(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Write the data of all tensors; what became of each lattice, and the digest of every tensor of the checkpoint."""
     lattice, digests = {}, {}
-    for name, group in groupby(placed, key=lambda tensor: tensor.source):
-        weight = _Weight.read(source, name)
-        expected = np.empty((0, 0), np.float32)
-        for tensor in group:
-            data, values = _lay_out(source, weight.part(tensor.rows), tensor)
+    groups = (list(group) for _, group in groupby(placed, key=lambda tensor: tensor.source))
+    for laid in in_order(lambda group: _lay_out_group(source, group), groups):
+        for data in laid.data:
             writer.write_tensor_data(data)
-            if tensor.rows is None:
-                expected = values
-                continue
-            expected = np.empty(weight.shape, np.float32) if expected.shape != weight.shape else expected
-            expected[tensor.rows] = values
-        digests[name] = digest(expected)
-        if name in source.lattice:
-            lattice[name] = _kept(expected, source.lattice[name], tensor.width)
+        digests[laid.name] = laid.digest
+        if laid.kept is not None:
+            lattice[laid.name] = laid.kept
     return lattice, digests
 
 
-def _kept(values: np.ndarray, lattice: LatticeTensor, width: str) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LaidOut:
+    """A tensor of the checkpoint as the file holds it."""
+
+    name: str
+    data: list[np.ndarray]
+    """The bytes of each tensor of the file that it makes up."""
+    digest: str
+    """Of the values that it must be read as."""
+    kept: str | None
+    """What became of its lattice; None where it has none."""
+
+
+def _lay_out_group(source: Source, group: list[Placed]) -> _LaidOut:
+    """All tensors of the file that one of the checkpoint makes up; errors as `_lay_out`."""
+    weight = _Weight.read(source, group[0].source)
+    expected = np.empty((0, 0), np.float32)
+    blocks = []
+    for tensor in group:
+        data, values = _lay_out(source, weight.part(tensor.rows), tensor)
+        blocks.append(data)
+        if tensor.rows is None:
+            expected = values
+            continue
+        expected = np.empty(weight.shape, np.float32) if expected.shape != weight.shape else expected
+        expected[tensor.rows] = values
+    lattice = source.lattice.get(weight.name)
+    kept = None if lattice is None else _kept(expected, lattice)
+    return _LaidOut(name=weight.name, data=blocks, digest=digest(expected), kept=kept)
+
+
+def _kept(values: np.ndarray, lattice: LatticeTensor) -> str:
     """What became of a lattice tensor of the checkpoint: `exact`, or in words what was lost."""
     return "exact" if np.array_equal(values, lattice.dequantize()) else "scales rounded to float16"
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from edgewright.errors import BadInput
 from edgewright.export.artifact import Fallback, Written, digest, sync
 from edgewright.export.clean_settings import clean_config
 from edgewright.export.guard import read_json
+from edgewright.export.in_order import AT_ONCE, in_order
 from edgewright.export.lattice import SIDECAR, LatticeTensor, round_int, save_sidecar
 from edgewright.export.layout import NF4, BitNet, Int8, Nf4
 from edgewright.export.rounding import round_nf4
@@ -179,11 +181,14 @@ class _Writing:
         index: dict[str, str] = {}
         total = 0
         for file, tensor_names in zip(names, shards, strict=True):
-            tensors: Tensors = {}
-            for name in tensor_names:
-                tensors |= self._tensors(name)
-            save_file(tensors, self.directory / file, metadata={"format": "pt"})
-            sync(self.directory / file)
+            made = dict(zip(tensor_names, in_order(self._tensors, tensor_names), strict=True))
+            tensors = {key: tensor for each in made.values() for key, tensor in each.items()}
+            with ThreadPoolExecutor(AT_ONCE) as pool:  # they are compared while the file is written
+                given_back = pool.map(self._given_back, made.items())
+                save_file(tensors, self.directory / file, metadata={"format": "pt"})
+            for name, (values, stored) in zip(tensor_names, given_back, strict=True):
+                self.digests |= {} if values is None else {name: values}
+                self.stored |= {} if stored is None else {name: stored}
             index |= dict.fromkeys(tensors, file)
             total += sum(tensor.nbytes for tensor in tensors.values())
         if len(shards) > 1:
@@ -191,25 +196,28 @@ class _Writing:
             _write_json(self.directory / "model.safetensors.index.json", content)
 
     def _tensors(self, name: str) -> Tensors:
-        """The tensors of one weight, and what they give back."""
+        """The tensors of one weight."""
         if name in self.packed and self.packing is not None:
-            lattice = self.packed[name]
-            self.digests[name] = digest(lattice.dequantize())
-            if name in self.source.lattice:
-                self.stored[name] = "exact"
-            return self.packing.tensors(name.removesuffix("weight"), lattice, self.dtype)
+            return self.packing.tensors(name.removesuffix("weight"), self.packed[name], self.dtype)
         import torch
 
-        value = torch.from_numpy(self._value(name))
-        rounded = value.to(getattr(torch, self.dtype))
-        if not rounded.isfinite().all():
+        rounded = torch.from_numpy(self._value(name)).to(getattr(torch, self.dtype))
+        if self.width != "fp32" and not all(map(isfinite, rounded.flatten().aminmax())):
             raise _too_large(self.source, name, self.width)
-        if value.ndim == 2:
-            plain = rounded.float().numpy()
-            self.digests[name] = digest(plain.T if self.source.stores_transposed(name) else plain)
-        if name in self.source.lattice:
-            self.stored[name] = "exact" if rounded.float().equal(value) else f"rounded to {self.width}"
         return {name: rounded.contiguous()}
+
+    def _given_back(self, made: tuple[str, Tensors]) -> tuple[str | None, str | None]:
+        """The digest of what the tensors of a weight give back (None unless it is a matrix), and what became of its
+        lattice (None where the checkpoint has none)."""
+        name, tensors = made
+        lattice = self.source.lattice.get(name)
+        if name in self.packed:
+            return digest(self.packed[name].dequantize()), None if lattice is None else "exact"
+        value = tensors[name].float().numpy()
+        value = value.T if self.source.stores_transposed(name) else value
+        exact = self.width == "fp32" or lattice is None or np.array_equal(value, lattice.dequantize())
+        stored = "exact" if exact else f"rounded to {self.width}"
+        return digest(value) if value.ndim == 2 else None, None if lattice is None else stored
 
     def settings(self) -> None:
         """config.json, generation_config.json and the tokenizer."""
