@@ -158,9 +158,9 @@ def hash_of(artifact: Path) -> str:
 def settled_hash_of(artifact: Path) -> str:
     """`hash_of` what was just written, while it goes to the disk; on return both are done."""
     with ThreadPoolExecutor(1) as pool:
-        settled = pool.submit(lambda: [sync(path) for path in _content(artifact)])
+        settled = pool.map(sync, _content(artifact))
         found = hash_of(artifact)
-        settled.result()
+        list(settled)  # raises what went wrong
     return found
 
 
