@@ -36,8 +36,38 @@ def spectral(weight: Tensor, rank: int) -> Factors:
         rank: at most min(out, in).
     """
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    return _balanced(u, s, vh, rank, weight.dtype)
+
+
+def _balanced(u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype) -> Factors:
     root = s[:rank].sqrt()
-    return Factors(up=(u[:, :rank] * root).to(weight.dtype), down=(root[:, None] * vh[:rank]).to(weight.dtype))
+    return Factors(up=(u[:, :rank] * root).to(dtype), down=(root[:, None] * vh[:rank]).to(dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """What one SVD says of a weight: its factors, and the columns that need more than they give."""
+
+    factors: Factors
+    index: Tensor
+    """int32, sorted."""
+
+
+def split(weight: Tensor, rank: int, *, columns: int, score_rank: int) -> Split:
+    """The spectral factors, and the columns whose remainder is largest (LOST).
+
+    The score of column j is the norm of column j of sum S_i u_i v_i^T over r <= i < r + score_rank, that is
+    ||S_i V_ij||, since U is orthonormal.
+
+    Args:
+        weight: [out, in], the true initial weight: of what the factors give there is no remainder but noise.
+        columns: how many to choose.
+    """
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    rest = slice(rank, rank + score_rank)
+    scores = (s[rest, None] * vh[rest]).norm(dim=0)
+    index = scores.topk(columns).indices.sort().values.to(torch.int32)
+    return Split(factors=_balanced(u, s, vh, rank, weight.dtype), index=index)
 
 
 def cola(weight: Tensor, rank: int) -> Factors:
@@ -127,6 +157,11 @@ class FactoredLinear(CompressedLinear):
     def merges(self) -> bool:
         """Whether the layer is a product with one matrix."""
         return self.activation == "none"
+
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether a plain layer would hold no more numbers."""
+        return self.flops() >= 2 * self.in_features * self.out_features
 
     def effective_weight(self) -> Tensor:
         """mix * B A + (1 - mix) * S in its columns, [out, in], with gradients.

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
+from edgewright.compress.choice import LayerChoice, named
 from edgewright.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from edgewright.compress.choice import LayerChoice
 
 
 Layer = TypeVar("Layer", bound="CompressedLinear")
@@ -46,6 +45,10 @@ class CompressedLinear(nn.Module, ABC):
     @abstractmethod
     def flops(self) -> int:
         """Floating-point operations of the forward for one token; a multiply-add counts as two."""
+
+    def flops_per_forward(self) -> int:
+        """Those of a forward however many tokens it has, as where the weight is built out of parts."""
+        return 0
 
 
 def choose(model: PreTrainedModel, choice: LayerChoice, *, method: str, head: bool = False) -> dict[str, nn.Linear]:
@@ -77,11 +80,6 @@ def choose(model: PreTrainedModel, choice: LayerChoice, *, method: str, head: bo
             raise _taken(name, module.method, method)
         chosen[name] = module
     return chosen
-
-
-def named(pattern: str, layer: str) -> bool:
-    """Whether a pattern of a recipe stands for a layer: its name, or the last parts of it."""
-    return layer == pattern or layer.endswith(f".{pattern}")
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

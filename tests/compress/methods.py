@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from edgewright.compress.choice import LayerChoice
-from edgewright.compress.lost import LostConfig
+from edgewright.compress.granet import GranetConfig
 from edgewright.compress.integer import IntegerConfig
+from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig, ReLoRAConfig
 from edgewright.compress.sltrain import SLTrainConfig
 from edgewright.compress.sparse import GradualMask, SparseConfig, StaticMask, TwoOfFourMask
@@ -38,6 +39,13 @@ class Case:
 
 
 CASES = [
+    Case(name="granet", config=GranetConfig(update_every=2), limit=GranetConfig(), exact=0.0),
+    Case(
+        name="granet-gradient",
+        config=GranetConfig(density=0.2, initial_density=0.5, regrow="gradient", update_every=3),
+        exact=0.0,
+    ),
+    Case(name="granet-none", config=GranetConfig(density=0.2, regrow="none"), exact=0.0),
     Case(name="integer-q4_0", config=IntegerConfig(), quantizes=True),
     Case(name="integer-q8_0", config=IntegerConfig(format="q8_0"), quantizes=True),
     Case(name="integer-4-bits-of-64", config=IntegerConfig(format="matmulnbits", block=64), quantizes=True),

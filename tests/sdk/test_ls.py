@@ -81,5 +81,5 @@ def test_the_verb_prints_a_list_or_an_object() -> None:
     assert (as_json.returncode, as_json.stderr) == (0, "")
     assert json.loads(as_json.stdout) == ls("targets").to_json()
     text = run("methods")
-    assert text.stdout.startswith("ternary: Absmean ternary weights")
+    assert "\nternary: Absmean ternary weights" in text.stdout
     assert run("nothing").returncode == 2
