@@ -1,8 +1,15 @@
-"""The settings by which a recipe says which layers a method gets."""
+"""The settings by which a recipe says which layers a method gets, and what it makes of one."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, ConfigDict
+
+from edgewright.errors import RecipeError
+
+if TYPE_CHECKING:
+    from edgewright.export.lattice import LatticeTensor
 
 
 class LayerChoice(BaseModel):
@@ -13,3 +20,42 @@ class LayerChoice(BaseModel):
     """Only these, by their name or the last parts of it: `down_proj`, `0.mlp.up_proj`; empty: all."""
     exclude: tuple[str, ...] = ()
     """Linear layers left to others, or in full precision; named alike."""
+
+    def example(self, rows: int, columns: int) -> LatticeTensor | None:
+        """A weight of that shape as the method leaves it, to see which formats hold it; None: a plain weight.
+
+        Raises:
+            RecipeError: EW-703, the method does not take rows of that length.
+        """
+        return None
+
+
+def named(pattern: str, layer: str) -> bool:
+    """Whether a pattern of a recipe stands for a layer: its name, or the last parts of it."""
+    return layer == pattern or layer.endswith(f".{pattern}")
+
+
+def check_divides(layer: str, columns: int, group: int) -> None:
+    """Refuse a layer whose rows are not made of whole groups.
+
+    Args:
+        layer: its name.
+        columns: of its rows.
+        group: columns that belong together.
+
+    Raises:
+        RecipeError: EW-703.
+    """
+    if columns % group == 0:
+        return
+    legal = [each for each in range(32, columns + 1, 32) if columns % each == 0]
+    near = min(legal, key=lambda each: abs(each - group), default=None)
+    raise RecipeError(
+        "EW-703",
+        f"the group of weights does not divide the rows of {layer}",
+        expected=f"{columns} columns to be a multiple of {group}",
+        found=f"{columns % group} columns left over",
+        fix=f"exclude: [{layer.rpartition('.')[2]}]"
+        + (f", or a group of {near}" if near is not None and group % 32 == 0 else "")
+        + ", or a model whose sizes are multiples of the group",
+    )

@@ -1,71 +1,44 @@
-"""Ternary fake quantization: the rule, its straight-through gradient, and the layer that trains with it.
+"""Training through rounding: the layer whose forward uses the rounded weight, and its straight-through gradient.
 
-Q(W) = clamp(round(W / s), -1, 1) * s with s = mean |W| (BitNet b1.58, 2402.17764), per tensor, per row or per group.
-We differ in one point: s is rounded to a number that is exact in fp16 *and* bf16 before it is used, so that the file
-formats' fp16 block scales, a bf16 autocast and a bf16 save all hold the very weights of the training forward.
+The weights do not change within an optimizer step. So they are rounded once a step, outside of the graph, into a
+buffer, and every forward is a plain `linear` over that buffer: nothing more is computed, saved or cast than in dense
+training, with any number of micro-batches and under compilation.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgewright.compress.layers import CompressedLinear
+from edgewright.compress.layers import CompressedLinear, cost, plain_linear, skipped, submodules
+from edgewright.method import MethodReport, StepContext
 
-FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_LARGEST_BF16 = 65280.0  # the largest bf16 number within fp16's range
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-
-def exact_scale(scale: Tensor) -> Tensor:
-    """The nearest float32 that fp16 and bf16 both hold exactly: bf16 rounding within fp16's normal range."""
-    return scale.clamp(FP16_SMALLEST_NORMAL, FP16_LARGEST_BF16).to(torch.bfloat16).float()
+    from edgewright.export.lattice import LatticeTensor
 
 
-def ternary_codes(weight: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
-    """Round to the ternary lattice by absmean.
-
-    Args:
-        weight: [rows, columns] float32.
-        group: columns that share a scale; 0 for one scale per row; None for one per tensor.
-
-    Returns:
-        codes [rows, columns] in {-1, 0, 1} (float32) and scales [1, 1], [rows, 1] or [rows, columns / group].
-    """
-    rows, columns = weight.shape
-    if group is None:
-        scales = exact_scale(weight.abs().mean()).reshape(1, 1)
-        return (weight / scales).round_().clamp_(-1, 1), scales
-    blocks = weight.reshape(rows, -1, group or columns)
-    scales = exact_scale(blocks.abs().mean(-1))
-    return (blocks / scales[:, :, None]).round_().clamp_(-1, 1).reshape(rows, columns), scales
-
-
-def ternary_weight(weight: Tensor, group: int | None) -> Tensor:
-    """Q(W): the dequantized lattice, float32 [rows, columns], exactly codes * scale."""
-    codes, scales = ternary_codes(weight, group)
-    rows, columns = weight.shape
-    if scales.shape[1] > 1:
-        return (codes.reshape(rows, scales.shape[1], -1) * scales[:, :, None]).reshape(rows, columns)
-    return codes.mul_(scales)
-
-
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """Q(W) forward, identity backward. A function of its own, because w + (q - w).detach() is not q in floats."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, group: int | None, strength: Tensor) -> Tensor:
-        # lerp is exact at both ends; a tensor, so that compiled code serves every strength
-        return torch.lerp(weight.float(), ternary_weight(weight.float(), group), strength)
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
-class _Int8Activation(torch.autograd.Function):
+class Int8Activation(torch.autograd.Function):
     """x -> clamp(round(x * a), -128, 127) / a, a = 127 / max|x| per token (BitNet b1.58); identity backward."""
 
     @staticmethod
@@ -79,37 +52,127 @@ class _Int8Activation(torch.autograd.Function):
         return gradient
 
 
-class TernaryLinear(CompressedLinear):
+class FakeQuantLinear(CompressedLinear):
     """A linear layer whose forward uses W + strength * (Q(W) - W); `weight` holds the latent W, under its own name.
+
+    The buffer must follow the latent weight. The method refreshes it after every update and every restore; a forward
+    that is not compiled also sees by itself that the weight has changed.
 
     Args:
         latent: the layer to take weight and bias from (shared, not copied).
-        group: as in `ternary_codes`.
-        quantize_activations: int8 per token before the product.
     """
 
-    method = "ternary"
-    strength: Tensor
-    """Scalar in [0, 1], a buffer that is not saved: 0 is full precision, 1 the lattice."""
+    rounded: Tensor
+    """[out, in] float32, the weight of the forward; a buffer that is not saved."""
 
-    def __init__(self, latent: nn.Linear, *, group: int | None, quantize_activations: bool) -> None:
+    def __init__(self, latent: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = latent.in_features, latent.out_features
         self.weight = latent.weight
         self.bias = latent.bias
-        self.group = group
-        self.quantize_activations = quantize_activations
-        self.register_buffer("strength", torch.ones((), device=latent.weight.device), persistent=False)
+        self.strength = 1.0
+        """0 is full precision, 1 the lattice."""
+        self.register_buffer("rounded", torch.empty_like(latent.weight, dtype=torch.float32), persistent=False)
+        self._seen: tuple[float | int, ...] = ()
+
+    @abstractmethod
+    def round(self) -> tuple[Tensor, Tensor]:
+        """Codes [out, in] and scales [1, 1], [out, 1] or [out, groups] of the latent weight, float32."""
+
+    @abstractmethod
+    def lattice(self) -> LatticeTensor:
+        """The same as an export takes it."""
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the latent weight as it is now; tensors that a gradient needs of the rounding are made as well."""
+        codes, scales = self.round()
+        self.rounded.copy_(dequantized(codes, scales))
+        if self.strength < 1:  # lerp is exact at both ends
+            torch.lerp(self.weight.float(), self.rounded, self.strength, out=self.rounded)
+        self._remember(codes, scales)
+        self._seen = self._state()
+
+    def _remember(self, codes: Tensor, scales: Tensor) -> None:  # noqa: B027 - a hook for what gradients need
+        """Called with every new rounding."""
+
+    def _state(self) -> tuple[float | int, ...]:
+        """Changes whenever the rounding would: torch counts the changes of a tensor."""
+        found = [self.strength]
+        for parameter in self.parameters(recurse=False):
+            found += [parameter.data_ptr(), parameter._version]
+        return tuple(found)
+
+    def ensure_fresh(self) -> None:
+        """Round again if the weight or the strength has changed; not in compiled code, which cannot see it."""
+        if not torch.compiler.is_compiling() and self._seen != self._state():
+            self.refresh()
 
     def effective_weight(self) -> Tensor:
         """The weight of the forward, [out, in]; gradients pass straight through to the latent one."""
-        weight: Tensor = _StraightThrough.apply(self.weight, self.group, self.strength)
+        self.ensure_fresh()
+        weight: Tensor = StraightThrough.apply(self.weight, self.rounded)
         return weight
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias of the forward, [out]; asked for after the weight, which sees to the rounding."""
+        return self.bias
 
     def flops(self) -> int:
         return 2 * self.weight.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.quantize_activations:
-            x = _Int8Activation.apply(x)
-        return F.linear(x, self.effective_weight(), self.bias)
+        return F.linear(x, self.effective_weight(), self.effective_bias())
+
+
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    """codes * scale, float32 [rows, columns], for scales per tensor, row or group."""
+    rows, columns = codes.shape
+    return (codes.reshape(rows, scales.shape[1], -1) * scales[:, :, None]).reshape(rows, columns)
+
+
+def as_array(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:
+    """A tensor for a lattice."""
+    return tensor.detach().cpu().numpy().astype(kind)
+
+
+# ---------------------------------------------------------------- what methods do with such layers
+
+
+def set_strength(layers: Mapping[str, FakeQuantLinear], ctx: StepContext, warmup_ratio: float) -> None:
+    """Lambda warm-up: min(1, (step + 1) / warm-up steps), 1 from the end of the warm-up on."""
+    warmup = warmup_ratio * ctx.total_steps
+    for layer in layers.values():
+        layer.strength = min(1.0, (ctx.step + 1) / warmup) if warmup else 1.0
+        layer.ensure_fresh()
+
+
+def refresh(layers: Mapping[str, FakeQuantLinear]) -> None:
+    """After every update and restore, whoever wrote the weights, and however."""
+    for layer in layers.values():
+        layer.refresh()
+
+
+def finish(
+    model: PreTrainedModel, layers: Mapping[str, FakeQuantLinear]
+) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
+    """A copy with plain linear layers that hold codes * scale, and the codes and scales by weight name."""
+    plain = copy.deepcopy(model)
+    lattice: dict[str, LatticeTensor] = {}
+    for name, layer in submodules(plain, layers).items():
+        layer.strength = 1.0
+        layer.refresh()
+        bias = layer.effective_bias()
+        plain.set_submodule(name, plain_linear(layer.rounded, None if bias is None else bias.detach()))
+        lattice[f"{name}.weight"] = layer.lattice()
+    return plain, lattice
+
+
+def report(model: PreTrainedModel, layers: Mapping[str, FakeQuantLinear]) -> MethodReport:
+    """Layers changed, and the share of zeros among their codes."""
+    found = submodules(model, layers)
+    numbers = cost(found.values())
+    with torch.no_grad():
+        zeros = sum(int((layer.round()[0] == 0).sum()) for layer in found.values())
+    numbers["zeros"] = zeros / max(1.0, numbers["weights"])
+    return MethodReport(changed=len(found), skipped=skipped(model), numbers=numbers)

@@ -1,32 +1,43 @@
-"""Ternary quantization-aware training: linear weights in {-s, 0, s}, from scratch or from a checkpoint."""
+"""Ternary quantization-aware training: linear weights in {-s, 0, s}, from scratch or from a checkpoint.
+
+Continuation of a full-precision model (BitCPM4's two stages, arXiv 2506.07900) is a second stage with `student: {type:
+stage}` and a schedule of its own: it starts from the weights of the first, and warms its learning rate up again.
+"""
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from edgewright.compress.choice import LayerChoice
+from edgewright.compress.choice import LayerChoice, check_divides
+from edgewright.compress.quantizers import QUANTIZERS, Granularity
 from edgewright.errors import RecipeError
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from edgewright.compress.fake_quant import TernaryLinear
+    from edgewright.compress.ternary_linear import TernaryLinear
     from edgewright.export.lattice import LatticeTensor
+
+DEAD_BIAS = 1e-3
+"""Tequila's lambda."""
 
 
 class TernaryConfig(LayerChoice):
-    """Absmean ternary weights (BitNet b1.58, arXiv 2402.17764) with a straight-through gradient."""
+    """Ternary weights (BitNet b1.58, arXiv 2402.17764, and the other rules of `quantizers.py`), straight-through."""
 
     type: Literal["ternary"] = "ternary"
-    granularity: Literal["tensor", "row", "group"] = "row"
-    """What shares a scale. All three fit TQ1_0 and TQ2_0 exactly."""
-    group: int = Field(default=256, gt=0, multiple_of=256)
-    """Columns per scale for `granularity: group`; GGUF's ternary blocks hold 256."""
+    quantizer: Literal["absmean", "median", "twn", "seq_ternary", "seq_2bit", "tequila", "sherry"] = "absmean"
+    """The rounding rule. seq_2bit has four levels and no zero; sherry makes one weight of every four zero."""
+    granularity: Granularity = "row"
+    """What shares a scale. tensor and row fit every format's blocks."""
+    group: int = Field(default=256, gt=0, multiple_of=32)
+    """Columns per scale for `granularity: group`. GGUF's ternary blocks hold multiples of 256 (q2_0: 64), ONNX and
+    OpenVINO any of 32."""
+    dead_bias: float | None = Field(default=None, gt=0)
+    """How strongly weights of code 0 feed a bias, for `quantizer: tequila`; None: 1e-3."""
     quantize_activations: bool = False
     """Also round activations to int8 per token, as runtimes with integer kernels do."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
@@ -34,8 +45,32 @@ class TernaryConfig(LayerChoice):
     head: bool = False
     """Whether the output head becomes ternary too; only where it does not share its weight with the embedding."""
 
+    @model_validator(mode="after")
+    def _dead_bias_has_an_effect(self) -> Self:
+        if self.dead_bias is not None and not QUANTIZERS[self.quantizer].dead_bias:
+            raise ValueError(f"dead_bias is of quantizer: tequila alone, not of {self.quantizer}")
+        return self
+
     def build(self) -> Ternary:
         return Ternary(self)
+
+    def whole(self) -> int:
+        """What the columns of every layer must be a multiple of."""
+        return self.group if self.granularity == "group" else QUANTIZERS[self.quantizer].columns
+
+    def example(self, rows: int, columns: int) -> LatticeTensor:
+        from edgewright.compress.examples import example_lattice
+
+        rule = QUANTIZERS[self.quantizer]
+        check_divides("this layer", columns, self.whole())
+        return example_lattice(
+            rows,
+            columns,
+            largest=rule.largest,
+            levels=rule.levels,
+            group=self.group if self.granularity == "group" else None,
+            per_tensor=self.granularity == "tensor",
+        )
 
 
 class Ternary(Method):
@@ -46,33 +81,42 @@ class Ternary(Method):
     """
 
     type = "ternary"
-    saves = "nothing while training; 1.6875 to 2.25 bits a weight in the file"
+    saves = "nothing while training; 1.6875 to 2.25 bits a weight in the file (seq_2bit: 4.5)"
 
     def __init__(self, config: TernaryConfig) -> None:
         self.config = config
-        self._group = {"tensor": None, "row": 0, "group": config.group}[config.granularity]
         self._layers: dict[str, TernaryLinear] = {}
+        self._bias_settings: dict[str, bool] = {}
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
         Raises:
-            RecipeError: EW-703, a row is no multiple of the group (names the layer); EW-708, `exclude` names no
-                layer; EW-709, `head` on a model that ties it to the embedding.
+            RecipeError: EW-703, a row is no multiple of the group (names the layer); EW-708, `layers` or `exclude`
+                name no layer; EW-709, `head` on a model that ties it to the embedding; EW-711, a layer belongs to
+                another method; EW-732, the architecture has no place for Tequila's bias.
         """
-        from edgewright.compress.fake_quant import TernaryLinear
+        from edgewright.compress.biases import settings_for_biases
         from edgewright.compress.layers import choose
+        from edgewright.compress.ternary_linear import TernaryLinear
 
+        config = self.config
         self._check_head(model)
-        for name, linear in choose(model, self.config, method=self.type, head=self.config.head).items():
-            if self._group and linear.in_features % self._group:
-                raise RecipeError(
-                    "EW-703",
-                    f"the ternary group does not divide the rows of {name}",
-                    expected=f"{linear.in_features} columns to be a multiple of {self._group}",
-                    fix="use granularity: row, or a model whose sizes are multiples of the group",
-                )
-            layer = TernaryLinear(linear, group=self._group, quantize_activations=self.config.quantize_activations)
+        chosen = choose(model, config, method=self.type, head=config.head)
+        for name, linear in chosen.items():
+            check_divides(name, linear.in_features, config.whole())
+        rule = QUANTIZERS[config.quantizer]
+        if rule.dead_bias:
+            self._bias_settings = settings_for_biases(model, chosen)
+        for name, linear in chosen.items():
+            layer = TernaryLinear(
+                linear,
+                quantizer=config.quantizer,
+                granularity=config.granularity,
+                group=config.group,
+                quantize_activations=config.quantize_activations,
+                dead_bias=(config.dead_bias or DEAD_BIAS) if rule.dead_bias else 0.0,
+            )
             model.set_submodule(name, layer)
             self._layers[name] = layer
 
@@ -87,48 +131,37 @@ class Ternary(Method):
             )
 
     def before_step(self, ctx: StepContext) -> None:
-        """lambda = min(1, (step + 1) / warm-up steps): 1 from the end of the warm-up on."""
-        warmup = self.config.warmup_ratio * ctx.total_steps
-        strength = min(1.0, (ctx.step + 1) / warmup) if warmup else 1.0
-        for layer in self._layers.values():
-            layer.strength.fill_(strength)
+        from edgewright.compress.fake_quant import set_strength
+
+        set_strength(self._layers, ctx, self.config.warmup_ratio)
+
+    def after_step(self, ctx: StepContext) -> None:
+        """The weights have changed: round them for whatever comes next."""
+        from edgewright.compress.fake_quant import refresh
+
+        refresh(self._layers)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        from edgewright.compress.fake_quant import refresh
+
+        refresh(self._layers)
 
     def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
-        """The model with plain linear layers that hold codes * scale, and the codes and scales by weight name."""
-        import torch
+        """The model with plain linear layers that hold codes * scale, and the codes and scales by weight name.
 
-        from edgewright.compress.fake_quant import ternary_codes, ternary_weight
-        from edgewright.compress.layers import plain_linear, submodules
-        from edgewright.export.lattice import LatticeTensor
+        With Tequila the layers get biases, which the configuration announces (`attention_bias`, `mlp_bias`); layers of
+        the same kind that are not ternary get zeros.
+        """
+        from edgewright.compress.biases import add_biases
+        from edgewright.compress.fake_quant import finish
 
-        plain = copy.deepcopy(model)
-        lattice: dict[str, LatticeTensor] = {}
-        for name, layer in submodules(plain, self._layers).items():
-            with torch.no_grad():
-                codes, scales = ternary_codes(layer.weight.float(), self._group)
-                linear = plain_linear(ternary_weight(layer.weight.float(), self._group), layer.bias)
-            plain.set_submodule(name, linear)
-            lattice[f"{name}.weight"] = LatticeTensor(
-                codes=codes.cpu().numpy().astype(np.int8),
-                scales=scales.cpu().numpy(),
-                group=self._group or None,
-                bits=2,
-                levels="ternary",
-            )
+        plain, lattice = finish(model, self._layers)
+        if self._bias_settings:
+            add_biases(plain, self._bias_settings)
         return plain, lattice
 
     def describe(self, model: PreTrainedModel) -> MethodReport:
-        """Layers changed, and the share of zeros among their codes (31 % for Gaussian latents)."""
-        import torch
+        """Layers changed, and the share of zeros among their codes (31 % for Gaussian latents and absmean)."""
+        from edgewright.compress.fake_quant import report
 
-        from edgewright.compress.fake_quant import ternary_codes
-        from edgewright.compress.layers import cost, skipped, submodules
-
-        layers = submodules(model, self._layers)
-        with torch.no_grad():
-            zeros = sum(
-                int((ternary_codes(layer.weight.float(), self._group)[0] == 0).sum()) for layer in layers.values()
-            )
-        numbers = cost(layers.values())
-        numbers["zeros"] = zeros / max(1.0, numbers["weights"])
-        return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)
+        return report(model, self._layers)
