@@ -87,8 +87,8 @@ class MaskedLinear(SparseLinear):
         """Set the masked weights to 0: an optimizer may have moved them."""
         self.weight.masked_fill_(~self.mask, 0.0)
 
-    def set_mask(self, mask: Tensor, ctx: StepContext, grown: Tensor | None = None) -> None:
-        """Take another mask; weights that it drops, and `grown` ones, start anew at 0, their optimizer state too."""
+    def set_mask(self, mask: Tensor, grown: Tensor | None, ctx: StepContext) -> None:
+        """Take another mask; weights that it drops, and `grown` ones, are set to 0, their optimizer state too."""
         fresh = self.mask & ~mask if grown is None else (self.mask & ~mask) | grown
         ctx.reset_state(self.weight, fresh)
         self.mask.copy_(mask)
@@ -161,7 +161,7 @@ def magnitude_masks(layers: Mapping[str, MaskedLinear], density: float, floor: f
     so that none starves; with `floor` 1 every layer is pruned alike.
     """
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    scores = {name: used_magnitudes(layer) for name, layer in layers.items()}
+    scores = {name: magnitudes(layer.weight, layer.mask) for name, layer in layers.items()}
     own = {
         name: largest([scores[name]], min(count, int(layers[name].mask.sum())))[0]
         for name, count in floors(sizes, density, floor).items()
@@ -171,9 +171,9 @@ def magnitude_masks(layers: Mapping[str, MaskedLinear], density: float, floor: f
     return {name: own[name] | mask for name, mask in zip(layers, chosen, strict=True)}
 
 
-def used_magnitudes(layer: MaskedLinear) -> Tensor:
+def magnitudes(weight: Tensor, mask: Tensor) -> Tensor:
     """|W| where it is used, -1 elsewhere: scores for `largest`."""
-    return layer.weight.detach().float().abs().masked_fill_(~layer.mask, -1.0)
+    return weight.detach().float().abs().masked_fill_(~mask, -1.0)
 
 
 def mask_state(layers: Mapping[str, MaskedLinear]) -> dict[str, Tensor]:

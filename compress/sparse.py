@@ -201,7 +201,7 @@ class Sparse(Method):
         for layer in self._masked.values():
             layer.zero()
         for name, mask in self.config.mask.pruned(self._masked, self.config.density, ctx).items():
-            self._masked[name].set_mask(mask, ctx)
+            self._masked[name].set_mask(mask, None, ctx)
 
     def state_dict(self) -> dict[str, Any]:
         from edgewright.compress.masked import mask_state

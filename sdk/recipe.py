@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgewright import recipe_shape as shape
 from edgewright.compress.distill import DistillConfig
+from edgewright.compress.granet import GranetConfig
 from edgewright.compress.integer import IntegerConfig
 from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig
@@ -40,7 +41,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A word that is a folder's name as well."""
 ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig, Field(discriminator="type")]
 MethodConfig = Annotated[
-    IntegerConfig | LostConfig | LowRankConfig | SLTrainConfig | SparseConfig | TernaryConfig,
+    GranetConfig | IntegerConfig | LostConfig | LowRankConfig | SLTrainConfig | SparseConfig | TernaryConfig,
     Field(discriminator="type"),
 ]
 # This becomes a union like the others as soon as there is a second one.
