@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,16 +16,22 @@ class LayerChoice(BaseModel):
     """Part of every method's settings. Without any of them a method gets all linear layers but the output head."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    quantizes: ClassVar[bool] = False
+    """Whether what the method leaves is on a lattice: then `example` gives one."""
     layers: tuple[str, ...] = ()
     """Only these, by their name or the last parts of it: `down_proj`, `0.mlp.up_proj`; empty: all."""
     exclude: tuple[str, ...] = ()
     """Linear layers left to others, or in full precision; named alike."""
 
-    def example(self, rows: int, columns: int) -> LatticeTensor | None:
-        """A weight of that shape as the method leaves it, to see which formats hold it; None: a plain weight.
+    def finished(self) -> str:
+        """What is left in the place of a weight when training is over, in a few words."""
+        return "plain weights, for every format"
+
+    def example(self, layer: str, rows: int, columns: int) -> LatticeTensor | None:
+        """A weight of that shape as the method leaves it, to see which formats hold it; None: it is on no lattice.
 
         Raises:
-            RecipeError: EW-703, the method does not take rows of that length.
+            RecipeError: EW-703, the method does not take the rows of this layer.
         """
         return None
 

@@ -16,7 +16,7 @@ def example_lattice(
     smallest: int | None = None,
     group: int | None = None,
     per_tensor: bool = False,
-    scale: type[np.floating] = np.float16,
+    precision: int = 8,
 ) -> LatticeTensor:
     """A lattice of that shape in which all codes occur.
 
@@ -26,11 +26,11 @@ def example_lattice(
         levels: the codes that files store.
         group: columns per scale; None for one per row, or per tensor.
         per_tensor: whether all weights share a scale.
-        scale: the precision that the scales need; with float16 they are exact in bfloat16 too.
+        precision: bits of a scale, the leading one included: 8 in bf16 and fp16 alike, 11 in fp16, 24 in fp32.
     """
     low = -largest if smallest is None else smallest
     codes = np.resize(np.arange(low, largest + 1, dtype=np.int8), (rows, columns))
     shape = (1, 1) if per_tensor else (rows, 1 if group is None else ceil_div(columns, group))
-    scales = np.resize(np.linspace(1, 1.9, 7, dtype=np.float32), shape)
-    exact = (scales * 128).round() / np.float32(128) if scale is np.float16 else scales / np.float32(3)
-    return LatticeTensor(codes=codes, scales=exact.astype(np.float32), group=group, bits=2, levels=levels)
+    last_bits = np.arange(1, 15, 2, dtype=np.float32) / np.float32(2 ** (precision - 1))
+    scales = np.resize(np.float32(1) + last_bits, shape)
+    return LatticeTensor(codes=codes, scales=scales, group=group, bits=2, levels=levels)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from edgewright.compress.choice import LayerChoice, check_divides
@@ -28,17 +27,17 @@ class IntegerFormat:
     levels: Levels
     codes: tuple[int, int]
     """The smallest and the largest that the rule gives."""
-    scale: type[np.floating]
-    """The precision of scales."""
+    precision: int
+    """Bits of a scale, the leading one included: 11 in fp16, 24 in fp32."""
 
 
 FORMATS: dict[tuple[str, int, bool], IntegerFormat] = {
-    ("q4_0", 4, True): IntegerFormat(rule="q4_0", bits=4, levels="int4", codes=(-8, 7), scale=np.float16),
-    ("q8_0", 8, True): IntegerFormat(rule="q8_0", bits=8, levels="int8", codes=(-127, 127), scale=np.float16),
-    ("matmulnbits", 4, True): IntegerFormat(rule="q4_0", bits=4, levels="int4", codes=(-8, 7), scale=np.float16),
-    ("matmulnbits", 4, False): IntegerFormat(rule="search", bits=4, levels="int4", codes=(-8, 7), scale=np.float32),
-    ("matmulnbits", 8, True): IntegerFormat(rule="absmax", bits=8, levels="int8", codes=(-127, 127), scale=np.float32),
-    ("matmulnbits", 8, False): IntegerFormat(rule="absmax", bits=8, levels="int8", codes=(-127, 127), scale=np.float32),
+    ("q4_0", 4, True): IntegerFormat(rule="q4_0", bits=4, levels="int4", codes=(-8, 7), precision=11),
+    ("q8_0", 8, True): IntegerFormat(rule="q8_0", bits=8, levels="int8", codes=(-127, 127), precision=11),
+    ("matmulnbits", 4, True): IntegerFormat(rule="q4_0", bits=4, levels="int4", codes=(-8, 7), precision=11),
+    ("matmulnbits", 4, False): IntegerFormat(rule="search", bits=4, levels="int4", codes=(-8, 7), precision=24),
+    ("matmulnbits", 8, True): IntegerFormat(rule="absmax", bits=8, levels="int8", codes=(-127, 127), precision=24),
+    ("matmulnbits", 8, False): IntegerFormat(rule="absmax", bits=8, levels="int8", codes=(-127, 127), precision=24),
 }
 """By format, bits, and whether a block holds 32 weights: at 4 bits and 32 weights ONNX gets the lattice of Q4_0."""
 
@@ -53,6 +52,7 @@ class IntegerConfig(LayerChoice):
     Embedding and head stay as they are.
     """
 
+    quantizes: ClassVar[bool] = True
     type: Literal["integer"] = "integer"
     format: Literal["q4_0", "q8_0", "matmulnbits"] = "q4_0"
     """Whose lattice: GGUF's Q4_0 or Q8_0, or that of ONNX Runtime's MatMulNBits."""
@@ -76,14 +76,17 @@ class IntegerConfig(LayerChoice):
     def build(self) -> Integer:
         return Integer(self)
 
-    def example(self, rows: int, columns: int) -> LatticeTensor:
+    def finished(self) -> str:
+        return "codes and scales"
+
+    def example(self, layer: str, rows: int, columns: int) -> LatticeTensor:
         from edgewright.compress.examples import example_lattice
 
         form = self.form()
-        check_divides("this layer", columns, self.block)
+        check_divides(layer, columns, self.block)
         low, high = form.codes
         return example_lattice(
-            rows, columns, smallest=low, largest=high, levels=form.levels, group=self.block, scale=form.scale
+            rows, columns, smallest=low, largest=high, levels=form.levels, group=self.block, precision=form.precision
         )
 
 

@@ -43,6 +43,11 @@ class LostConfig(RankChoice, Restarts):
     def build(self) -> Lost:
         return Lost(self)
 
+    def finished(self) -> str:
+        if self.merge and self.activation == "none":
+            return super().finished()
+        return "factors, for formats whose graph is free: onnx, genai, openvino"
+
 
 class Lost(Method):
     """Replaces linear layers, but the head and the excluded ones, by two branches.

@@ -65,6 +65,11 @@ class LowRankConfig(RankChoice, Restarts):
     def build(self) -> LowRank:
         return LowRank(self)
 
+    def finished(self) -> str:
+        if self.merge and self.activation == "none":
+            return super().finished()
+        return "factors, for formats whose graph is free: onnx, genai, openvino"
+
 
 class LowRank(Method):
     """Replaces linear layers, but the head and the excluded ones, by pairs of factors.

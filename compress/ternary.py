@@ -6,7 +6,7 @@ stage}` and a schedule of its own: it starts from the weights of the first, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,8 +26,9 @@ DEAD_BIAS = 1e-3
 
 
 class TernaryConfig(LayerChoice):
-    """Ternary weights (BitNet b1.58, arXiv 2402.17764, and the other rules of `quantizers.py`), straight-through."""
+    """Absmean ternary weights (BitNet b1.58, arXiv 2402.17764) or others (`quantizers.py`), straight-through."""
 
+    quantizes: ClassVar[bool] = True
     type: Literal["ternary"] = "ternary"
     quantizer: Literal["absmean", "median", "twn", "seq_ternary", "seq_2bit", "tequila", "sherry"] = "absmean"
     """The rounding rule. seq_2bit has four levels and no zero; sherry makes one weight of every four zero."""
@@ -58,11 +59,14 @@ class TernaryConfig(LayerChoice):
         """What the columns of every layer must be a multiple of."""
         return self.group if self.granularity == "group" else QUANTIZERS[self.quantizer].columns
 
-    def example(self, rows: int, columns: int) -> LatticeTensor:
+    def finished(self) -> str:
+        return "codes and scales"
+
+    def example(self, layer: str, rows: int, columns: int) -> LatticeTensor:
         from edgewright.compress.examples import example_lattice
 
         rule = QUANTIZERS[self.quantizer]
-        check_divides("this layer", columns, self.whole())
+        check_divides(layer, columns, self.whole())
         return example_lattice(
             rows,
             columns,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -15,9 +14,19 @@ from typing import TYPE_CHECKING, Literal
 
 from edgewright._verbs import VerbModule
 from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
+from edgewright.exactness import (
+    Shapes,
+    checkpoint_shapes,
+    count_parameters,
+    held_by,
+    not_held,
+    preset_shapes,
+    trained_lattices,
+)
 
 if TYPE_CHECKING:
-    from edgewright.recipe import Recipe, StageConfig
+    from edgewright.export.lattice import LatticeTensor
+    from edgewright.recipe import ExportConfig, Recipe, StageConfig
     from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
 FIRST_PIECES = 64
@@ -108,6 +117,7 @@ class _Checker:
             self._try(f"model {directory.name}", partial(self._model, directory))
         for stage in self.recipe.stages:
             self._try(f"stage {stage.name}", partial(self._stage, stage))
+            self._look_at_lattice(stage)
         self._try("disk", self._disk)
         return CheckReport(
             recipe=self.path,
@@ -196,6 +206,34 @@ class _Checker:
             if owner is stage and config.type == "checkpoint" and config.model in self.sound:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
 
+    def _look_at_lattice(self, stage: StageConfig) -> None:
+        """Where a stage quantizes: what holds that exactly, and whether its exports do."""
+        lattices: dict[str, LatticeTensor] = {}
+
+        def look() -> Iterator[str]:
+            lattices.update(trained_lattices(stage, self._shapes(stage.student)))
+            yield f"held exactly by {held_by(lattices.values())}" if lattices else "no weight on a lattice"
+
+        if any(method.quantizes for method in stage.methods):
+            self._try(f"lattice of {stage.name}", look)
+        for export in self.recipe.exports:
+            if export.model == stage.name and lattices:
+                self._try(f"export {export.name}", partial(self._export, export, lattices))
+
+    def _export(self, export: ExportConfig, lattices: dict[str, LatticeTensor]) -> Iterator[str]:
+        wider = list(not_held(export, lattices))
+        yield f"{export.quant} in {export.to} holds {'some' if wider else 'all'} of what is trained exactly"
+        yield from wider
+
+    def _shapes(self, student: PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig) -> Shapes:
+        """The linear layers of a student; empty when what it starts from cannot be opened."""
+        if student.type == "preset":
+            return preset_shapes(student)
+        if student.type == "stage":
+            before = self.recipe.stage(student.stage)
+            return {} if before is None else self._shapes(before.student)
+        return checkpoint_shapes(student.model) if student.model in self.sound else {}
+
     def _count(self, student: PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig) -> int | None:
         """Parameters of a student; None when what it starts from cannot be opened."""
         if student.type == "preset":
@@ -242,18 +280,6 @@ class _Checker:
                 fix="free space, choose another output_dir, or lower training.keep_checkpoints",
             )
         yield f"about {needed / 1e6:,.0f} MB needed, {free / 1e9:,.1f} GB free"
-
-
-def count_parameters(directory: Path) -> int:
-    """Stored parameters of a checked model directory, from the headers of its weights (tied weights once)."""
-    total = 0
-    for path in sorted(directory.glob("*.safetensors")):
-        if path.name == "lattice.safetensors":
-            continue
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total
 
 
 sys.modules[__name__].__class__ = VerbModule

@@ -12,9 +12,12 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from edgewright._verbs import VerbModule
+from edgewright.compress.choice import LayerChoice
 from edgewright.errors import RecipeError
 
 Entry = dict[str, object]
+EXAMPLE = (512, 512)
+"""Shape of a weight that the blocks of every format divide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +50,20 @@ def ls(kind: str) -> Listing:
 
 
 def _methods() -> list[Entry]:
+    """With what each saves, and where its result, under the settings it has by default, is exact."""
+    from edgewright.export.layout.exact import exact_in
+    from edgewright.method import Method
     from edgewright.recipe import MethodConfig
 
-    return [_section(config) for config in _sections(MethodConfig)]
+    entries = []
+    for config in _sections(MethodConfig):
+        assert issubclass(config, LayerChoice)
+        entry, usual = _section(config), config.model_construct()  # some have a setting that must be given
+        lattice = usual.example("a layer", *EXAMPLE)
+        saves = Method.registry[str(entry["name"])].saves
+        exact = {} if lattice is None else exact_in(lattice)
+        entries.append({**entry, "saves": saves, "finished": usual.finished(), "exact_in": exact})
+    return entries
 
 
 def _optimizers() -> list[Entry]:

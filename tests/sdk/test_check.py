@@ -183,3 +183,59 @@ def test_torch_is_not_imported(folder: Path) -> None:
     code = "import sys, edgewright; assert edgewright.check(sys.argv[1]).ok; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "recipe.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+PRESET = "stages.small.student={type: preset, preset: llama-1m}"
+PLAIN = "stages.small.objective={type: next_token}"
+
+
+def exported(to: str, quant: str) -> str:
+    return f"exports=[{{name: file, model: small, to: {to}, quant: {quant}}}]"
+
+
+def found_about(report: CheckReport, what: str) -> list[tuple[str, str]]:
+    return [(check.status, check.found) for check in report.checks if check.what == what]
+
+
+def test_formats_that_hold_what_is_trained_are_named(folder: Path) -> None:
+    report = look(folder, PRESET, PLAIN, "stages.small.methods=[{type: integer}]", exported("onnx", "int4"))
+    ((status, found),) = found_about(report, "lattice of small")
+    assert status == "ok" and "gguf q4_0 q5_0 q8_0 q4_1; onnx int4 int8" in found
+    assert [status for status, _ in found_about(report, "export file")] == ["ok"]
+
+
+def test_an_export_that_stores_some_weights_wider_is_a_note(folder: Path) -> None:
+    sizes = ["stages.small.student.hidden_size=256", "stages.small.student.intermediate_size=384"]
+    report = look(folder, PRESET, PLAIN, *sizes, exported("gguf", "tq2_0"))
+    (ok, note) = found_about(report, "export file")
+    assert report.ok and (ok[0], note[0]) == ("ok", "note")
+    assert "384 columns" in note[1] and "mlp.down_proj" in note[1] and "256" in note[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "to", "quant", "reason"),
+    [
+        ("{type: ternary, granularity: group, group: 64}", "gguf", "tq2_0", "block of 256"),
+        ("{type: ternary, quantizer: seq_2bit}", "onnx", "ternary", "codes reach -3..3"),
+        ("{type: integer, format: q8_0}", "openvino", "int4", "codes reach -127..127"),
+        ("{type: integer, format: matmulnbits, bits: 8}", "gguf", "q8_0", "float16"),
+        ("{type: integer}", "gguf", "q4_k", "rounds every weight anew"),
+        ("{type: integer}", "gguf", "f16", "float16"),
+    ],
+)
+def test_an_export_that_no_weight_fits_is_refused(folder: Path, method: str, to: str, quant: str, reason: str) -> None:
+    report = look(folder, PRESET, PLAIN, f"stages.small.methods=[{method}]", exported(to, quant))
+    (error,) = report.errors
+    assert error.code == "EW-733" and reason in str(error.found)
+    assert quant not in str(error.expected).split(to, 1)[-1].split(";")[0].split()
+
+
+def test_a_group_that_does_not_divide_a_row_is_found_before_training(folder: Path) -> None:
+    method = "stages.small.methods=[{type: ternary, granularity: group, group: 256}]"
+    (error,) = look(folder, PRESET, PLAIN, method).errors
+    assert error.code == "EW-703" and "model.layers.0.self_attn.q_proj" in error.what
+    assert look(folder, PRESET, PLAIN, method.replace("256", "128")).ok
+    tensors = {"model.layers.0.mlp.up_proj.weight": np.ones((8, 96), np.float32)}
+    save_file(tensors | {"embedding": np.ones((100, 3), np.float32)}, folder / "model/model.safetensors")
+    assert codes(look(folder, method)) == ["EW-703"]
+    assert codes(look(folder, method.replace("256}", "256, exclude: [up_proj]}"))) == []

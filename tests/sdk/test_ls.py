@@ -38,6 +38,16 @@ def test_methods_have_their_papers_and_the_options_of_the_recipe() -> None:
     assert teacher["required"]
 
 
+def test_methods_say_what_they_save_and_where_their_result_is_exact() -> None:
+    found = entries("methods")
+    assert all(entry["saves"] and entry["finished"] for entry in found.values())
+    ternary, integer = found["ternary"]["exact_in"], found["integer"]["exact_in"]
+    assert ternary["gguf"][:3] == ["tq1_0", "tq2_0", "q2_0"] and "ternary" in ternary["onnx"]
+    assert integer["gguf"] == ["q4_0", "q5_0", "q8_0", "q4_1"] and "ternary" not in integer["onnx"]
+    assert found["sparse"]["exact_in"] == {} and "plain" in found["sparse"]["finished"]
+    assert "factors" in found["lost"]["finished"]
+
+
 def test_losses_are_objectives_and_functions() -> None:
     found = entries("losses")
     assert {"next_token", "distill", "forward_kl"} <= found.keys()
