@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.compress.factor_format import FactoredLayer, factored_layers, unmarked
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
 from edgewright.imports import no_collection
@@ -42,6 +43,8 @@ class Architecture:
     """What the files may leave out, because the configuration ties it to another weight."""
     prefix: str
     """What the names begin with that checkpoints of the bare model leave out, with its dot."""
+    factors: Mapping[str, FactoredLayer]
+    """The layers that are stored as factors, by name; their parts are among `shapes` and `linear`."""
     ignored: tuple[str, ...]
     """Patterns of what may be in the files beyond the state dict."""
 
@@ -63,21 +66,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     Settings under a family's own name (`n_embd`) are there under the usual one (`hidden_size`) as well.
 
     Raises:
-        BadInput: EW-312, EW-327.
+        BadInput: EW-312, EW-327, EW-722.
     """
-    return _complete(read_json(directory / "config.json"), open_config(directory))
+    return _complete(unmarked(read_json(directory / "config.json")), open_config(directory))
 
 
 @no_collection()
 def open_config(directory: Path) -> PretrainedConfig:
-    """config.json as the object that transformers makes of it.
+    """config.json as the object that transformers makes of it; where layers are factors, of the model that has them.
 
     Raises:
         BadInput: EW-327, transformers does not know such a model, or refuses the values.
     """
     from transformers import AutoConfig
 
-    raw = read_json(directory / "config.json")
+    raw = unmarked(read_json(directory / "config.json"))
     raw.pop("quantization_config", None)  # how the weights are stored; the architecture does not depend on it
     kind = raw.pop("model_type", None)
     try:
@@ -92,12 +95,15 @@ def read_architecture(directory: Path) -> Architecture:
     """The weights of the architecture that a directory's config.json names.
 
     Raises:
-        BadInput: EW-327, it is no causal language model that transformers knows.
+        BadInput: EW-327, it is no causal language model that transformers knows; EW-722, its factors do not fit it.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from edgewright.compress.factored_model import put_factors
+
     config = open_config(directory)
+    factors = factored_layers(read_json(directory / "config.json"))
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
@@ -105,7 +111,8 @@ def read_architecture(directory: Path) -> Architecture:
         raise _not_known(directory, f"model_type {config.model_type!r}: {str(error)[:200]}") from error
     if config.get_text_config() is not config or model.get_output_embeddings() is None:
         raise _not_known(directory, f"model_type {config.model_type!r}, which is more than a model of text")
-    return _describe(model, config)
+    put_factors(model, factors)
+    return _describe(model, config, factors)
 
 
 def _refusals() -> tuple[type[Exception], ...]:
@@ -116,7 +123,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (*plain, StrictDataclassError)
 
 
-def _describe(model: PreTrainedModel, config: PretrainedConfig) -> Architecture:
+def _describe(model: PreTrainedModel, config: PretrainedConfig, factors: Mapping[str, FactoredLayer]) -> Architecture:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
@@ -131,6 +138,7 @@ def _describe(model: PreTrainedModel, config: PretrainedConfig) -> Architecture:
         head=_name_of(head, layers.items()),
         shared=frozenset(model.all_tied_weights_keys),
         prefix=f"{model.base_model_prefix}.",
+        factors=factors,
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
     )
 

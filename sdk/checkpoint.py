@@ -81,6 +81,8 @@ def save(
     """
     from safetensors.torch import save_file
 
+    from edgewright.compress.factored_model import mark
+
     final = directory / f"step-{state.step:08d}"
     temporary = directory / f".tmp-{os.getpid()}-{final.name}"
     _remove_leftovers(directory)
@@ -89,6 +91,7 @@ def save(
             (temporary / "model").mkdir(parents=True)
             with without_progress_bars():
                 model.save_pretrained(temporary / "model")
+            mark(model, temporary / "model")
             extra_files(temporary / "model")
             save_file(
                 {name: tensor.contiguous() for name, tensor in optimizer.items()}, temporary / "optimizer.safetensors"

@@ -250,6 +250,7 @@ def _write_model(
     methods: list[Method], model: PreTrainedModel, target: Path, extra_files: Callable[[Path], None]
 ) -> Path:
     """The plain model as a Hugging Face directory in float32, its lattice beside it; atomically."""
+    from edgewright.compress.factored_model import mark
     from edgewright.export.lattice import LatticeTensor, save_sidecar
 
     plain, lattice = model, dict[str, LatticeTensor]()
@@ -262,6 +263,7 @@ def _write_model(
     with disk_errors(target):
         with without_progress_bars():
             plain.save_pretrained(temporary)
+        mark(plain, temporary)
         extra_files(temporary)
         if lattice:
             save_sidecar(temporary, lattice)

@@ -133,17 +133,25 @@ WITHOUT_SDPA = frozenset({"gemma2"})
 def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Open a local causal-LM directory in `dtype` (float32 unless given), after the guard has passed it.
 
+    A model with factored layers opens as one that has them (`compress.factored_model`).
+
     Raises:
-        BadInput: EW-3xx, the directory is incomplete or damaged; EW-324, weights are missing.
+        BadInput: EW-3xx, the directory is incomplete or damaged; EW-324, weights are missing; EW-722, factors that do
+            not fit the model.
         Unsafe: EW-3xx, it holds code or pickles.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
+    from edgewright.compress.factor_format import is_marked
+    from edgewright.compress.factored_model import load_factored
     from edgewright.export.guard import check_model_directory, read_json
 
     check_model_directory(directory)
-    kind = read_json(directory / "config.json").get("model_type")
+    config = read_json(directory / "config.json")
+    if is_marked(config):
+        return load_factored(directory, dtype or torch.float32)
+    kind = config.get("model_type")
     with without_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,

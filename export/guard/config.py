@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from edgewright.compress.factor_format import factored_layers
 from edgewright.errors import BadInput, Unsafe
 from edgewright.export.guard.files import open_regular, printable, read_json
 from edgewright.export.guard.template import MAX_TEMPLATE_BYTES, check_template
@@ -48,13 +49,16 @@ def check_configs(directory: Path) -> None:
 
     Raises:
         Unsafe: EW-313, a key names code; EW-339, a chat template that is none.
-        BadInput: EW-312, a file is damaged, too large, or holds a size that no model has.
+        BadInput: EW-312, a file is damaged, too large, or holds a size that no model has; EW-722, config.json speaks
+            of factored layers as this package never does.
     """
     for name in CONFIG_FILES:
         path = directory / name
         if path.is_file():
             value = read_json(path)
             _check_keys(path, value)
+            if name == "config.json":
+                factored_layers(value)
             for place, template in _templates(value.get("chat_template")):
                 check_template(path, place, template.encode("utf-8", "surrogatepass"))
     for path in (*directory.glob("*.jinja"), *directory.glob("additional_chat_templates/*.jinja")):

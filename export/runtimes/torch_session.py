@@ -180,9 +180,12 @@ def _exact_model(source: Source) -> PreTrainedModel:
     """The model with the weights that the source has, in float32."""
     from transformers import AutoModelForCausalLM
 
+    from edgewright.compress.factored_model import put_factors
+
     config = open_config(source.directory)
     config.tie_word_embeddings = source.tied
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    put_factors(model, source.architecture.factors)
     state = model.state_dict()
     with torch.no_grad():
         for name in source.names:
