@@ -88,17 +88,31 @@ DIGEST_CHUNK = 1 << 16
 """Values that are hashed at a time: few enough to stay in a core's cache."""
 
 
+class Digest:
+    """sha256 over the shape and the float32 values of a weight, given a few rows at a time; -0.0 counts as 0.0."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._found = hashlib.sha256(repr(shape).encode())
+
+    def update(self, values: np.ndarray) -> None:
+        """Go on with the next rows."""
+        flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+        for start in range(0, flat.size, DIGEST_CHUNK):
+            self._found.update((flat[start : start + DIGEST_CHUNK] + np.float32(0)).data)
+
+    def hexdigest(self) -> str:
+        """Of all rows so far."""
+        return self._found.hexdigest()
+
+
 def digest(values: np.ndarray) -> str:
-    """sha256 over the shape and the float32 values of a weight; -0.0 counts as 0.0.
+    """The `Digest` of a whole weight.
 
     Args:
         values: float32 `[out, in]` of a matrix, or `[n]`.
     """
-    plain = np.ascontiguousarray(values, np.float32)
-    found = hashlib.sha256(repr(plain.shape).encode())
-    flat = plain.reshape(-1)
-    for start in range(0, flat.size, DIGEST_CHUNK):
-        found.update((flat[start : start + DIGEST_CHUNK] + np.float32(0)).data)
+    found = Digest(values.shape)
+    found.update(values)
     return found.hexdigest()
 
 

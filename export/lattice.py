@@ -157,8 +157,9 @@ class LatticeTensor:
         scaled = values * self.per_weight(self.scales)
         return scaled if self.offsets is None else scaled + self.per_weight(self.offsets)
 
-    def rows_reordered(self, order: np.ndarray) -> LatticeTensor:
-        """The same lattice with its rows in another order: row i becomes row `order[i]` of this one."""
+    def rows_reordered(self, order: np.ndarray | slice) -> LatticeTensor:
+        """The same lattice with its rows in another order, or with some of them: row i becomes row `order[i]` of this
+        one."""
 
         def moved(values: np.ndarray) -> np.ndarray:
             return values if len(values) == 1 else values[order]

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 
 from edgewright.errors import BadInput
-from edgewright.export.artifact import Fallback, Written, digest
+from edgewright.export.artifact import Digest, Fallback, Written
 from edgewright.export.gguf import ggml as gguf_ggml
 from edgewright.export.gguf.architecture import (
     Family,
@@ -36,8 +36,7 @@ from edgewright.export.gguf.widths import (
     BLOCKS,
     SEARCHED,
     WIDTHS,
-    half_bits,
-    in_half,
+    half,
     mix_of,
     type_in,
     width_for,
@@ -60,6 +59,11 @@ _NAMES_WITH_MEANING = re.compile(r"phi-?3|modern-bert", re.IGNORECASE)
 
 TABLES = ("token_embd.weight", "output.weight")
 """The token embedding and the head, by their names in a file."""
+
+PART = 1 << 20
+"""Values that are packed at a time."""
+
+Rows = slice | np.ndarray
 
 POSITIONS = "position_embd.weight"
 """Embedded positions are added to every token; as in llama.cpp's own files they keep full precision."""
@@ -166,26 +170,63 @@ class _LaidOut:
 
 
 def _lay_out_group(source: Source, group: list[Placed]) -> _LaidOut:
-    """All tensors of the file that one of the checkpoint makes up; errors as `_lay_out`."""
+    """All tensors of the file that one of the checkpoint makes up; errors as `_lay_out`.
+
+    A few rows at a time, which stay in the cache from the first look at them to the last.
+    """
     weight = _Weight.read(source, group[0].source)
-    expected = np.empty((0, 0), np.float32)
-    blocks = []
+    comparison = _Comparison(weight, in_order=all(tensor.rows is None for tensor in group))
+    data = []
     for tensor in group:
-        data, values = _lay_out(source, weight.part(tensor.rows), tensor)
-        blocks.append(data)
-        if tensor.rows is None:
-            expected = values
-            continue
-        expected = np.empty(weight.shape, np.float32) if expected.shape != weight.shape else expected
-        expected[tensor.rows] = values
-    lattice = source.lattice.get(weight.name)
-    kept = None if lattice is None else _kept(expected, lattice)
-    return _LaidOut(name=weight.name, data=blocks, digest=digest(expected), kept=kept)
+        parts = []
+        for rows in _row_parts(weight, tensor):
+            part = weight.part(rows)
+            blocks, values = _lay_out(source, part, tensor)
+            comparison.add(part, values, rows)
+            parts.append(blocks)
+        data.append(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    return _LaidOut(name=weight.name, data=data, digest=comparison.digest(), kept=comparison.kept())
 
 
-def _kept(values: np.ndarray, lattice: LatticeTensor) -> str:
-    """What became of a lattice tensor of the checkpoint: `exact`, or in words what was lost."""
-    return "exact" if np.array_equal(values, lattice.dequantize()) else "scales rounded to float16"
+def _row_parts(weight: _Weight, tensor: Placed) -> list[Rows]:
+    """The rows of a tensor of the file, some at a time; all of them where they are stored as they are."""
+    if len(tensor.shape) == 1 or tensor.width == "f32":
+        return [slice(None) if tensor.rows is None else tensor.rows]
+    step = max(1, PART // tensor.shape[1])
+    starts = range(0, tensor.shape[0], step)
+    if tensor.rows is None:
+        return [slice(start, start + step) for start in starts]
+    return [tensor.rows[start : start + step] for start in starts]
+
+
+class _Comparison:
+    """What a weight must be read as, and whether that is what its lattice says."""
+
+    def __init__(self, weight: _Weight, *, in_order: bool) -> None:
+        self._weight, self._exact = weight, True
+        self._digest = Digest(weight.shape)
+        self._whole = None if in_order else np.empty(weight.shape, np.float32)
+
+    def add(self, part: _Weight, values: np.ndarray, rows: Rows) -> None:
+        """Take the values of some rows."""
+        if part.lattice is not None:
+            self._exact = self._exact and np.array_equal(values, part.lattice.dequantize())
+        if self._whole is None:
+            self._digest.update(values)
+        else:
+            self._whole[rows] = values
+
+    def digest(self) -> str:
+        """Of the whole weight, once all rows were there."""
+        if self._whole is not None:
+            self._digest.update(self._whole)
+        return self._digest.hexdigest()
+
+    def kept(self) -> str | None:
+        """What became of the checkpoint's lattice: `exact`, or in words what was lost; None where it has none."""
+        if self._weight.lattice is None:
+            return None
+        return "exact" if self._exact else "scales rounded to float16"
 
 
 # ---------------------------------------------------------------- where everything goes
@@ -316,9 +357,7 @@ class _Weight:
         assert values is not None
         return values.shape
 
-    def part(self, rows: np.ndarray | None) -> _Weight:
-        if rows is None:
-            return self
+    def part(self, rows: Rows) -> _Weight:
         if self.lattice is not None:
             return _Weight(name=self.name, values=None, lattice=self.lattice.rows_reordered(rows))
         assert self.values is not None
@@ -356,7 +395,7 @@ def _packed(source: Source, weight: _Weight, width: str) -> tuple[np.ndarray, np
         return blocks, gguf_ggml.dequantize(blocks, width, values.shape[1])
     if width == "f32":
         return np.ascontiguousarray(values), values
-    return half_bits(values, width), in_half(values, width)
+    return half(values, width)
 
 
 def _ours(width: str) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgewright.errors import BadInput
+from edgewright.export.plain_only import refuse_factors
 from edgewright.export.source import Source
 
 Config = Mapping[str, Any]
@@ -112,8 +113,9 @@ def family_of(source: Source) -> Family:
     """The row of a checkpoint, after checking that llama.cpp computes what config.json says.
 
     Raises:
-        BadInput: EW-505 names what it does not compute.
+        BadInput: EW-505 names what it does not compute; EW-723, factored layers.
     """
+    refuse_factors(source, "gguf")
     config = source.config
     kind = config.get("model_type")
     family = FAMILIES.get(kind)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from edgewright.errors import BadInput
-from edgewright.export.gguf.widths import WIDTHS
+from edgewright.export.gguf.widths import SEARCHED, WIDTHS
 from edgewright.machine import available_cores
 
 LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
@@ -75,7 +75,10 @@ def quantize(values: np.ndarray, width: str, importance: np.ndarray | None = Non
             None if weights is None else weights.ctypes.data,
         )
 
-    _in_parts(work, rows)
+    if width in SEARCHED:
+        _in_parts(work, rows)
+    else:
+        work(slice(None))  # done before threads would have started
     return blocks
 
 
@@ -85,11 +88,7 @@ def dequantize(blocks: np.ndarray, width: str, columns: int) -> np.ndarray:
     function.restype = None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     values = np.empty((len(blocks), columns), np.float32)
-
-    def work(part: slice) -> None:
-        function(blocks[part].ctypes.data, values[part].ctypes.data, values[part].size)
-
-    _in_parts(work, len(blocks))
+    function(blocks.ctypes.data, values.ctypes.data, values.size)
     return values
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgewright.export.lattice import LatticeTensor
 from edgewright.export.layout.ggml import FORMATS, Q4_1, BlockFormat, OffsetFormat
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,19 +174,16 @@ def _why_not(width: str, columns: int, lattice: LatticeTensor | None) -> str | N
 
 def in_half(values: np.ndarray, width: str) -> np.ndarray:
     """float32 values rounded to `f16` or `bf16` (to nearest, ties to even); infinite where they are too large."""
-    return _as(values, width).float().numpy()
+    return half(values, width)[1]
 
 
-def half_bits(values: np.ndarray, width: str) -> np.ndarray:
-    """The same as a file stores it: uint8 `[rows, 2 * columns]`."""
-    import torch
+def half(values: np.ndarray, width: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 `[rows, columns]` in `f16` or `bf16`: uint8 `[rows, 2 * columns]` as a file stores it, and `in_half`.
 
-    return _as(values, width).view(torch.uint8).numpy()
-
-
-def _as(values: np.ndarray, width: str) -> torch.Tensor:
-    """Through torch, which does in vectors what numpy does one by one."""
+    Through torch, which does in vectors what numpy does one by one.
+    """
     import torch
 
     kind = {"f16": torch.float16, "bf16": torch.bfloat16}[width]
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(kind)
+    rounded = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(kind)
+    return rounded.view(torch.uint8).numpy(), rounded.float().numpy()
