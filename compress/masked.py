@@ -157,17 +157,18 @@ def floors(sizes: Mapping[str, int], density: float, floor: float) -> dict[str, 
 def magnitude_masks(layers: Mapping[str, MaskedLinear], density: float, floor: float) -> dict[str, Tensor]:
     """Masks that keep the largest weights of all layers together: round(density * weights) of them, exactly.
 
-    Only among those that are used now, so that nothing comes back. Each layer first gets its own largest (`floors`),
+    Only among those that are used now (if these are fewer, all), so that nothing comes back. Each layer first gets its own largest (`floors`),
     so that none starves; with `floor` 1 every layer is pruned alike.
     """
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    keep = min(round(density * sum(sizes.values())), _total([layer.mask for layer in layers.values()]))
     scores = {name: magnitudes(layer.weight, layer.mask) for name, layer in layers.items()}
     own = {
         name: largest([scores[name]], min(count, int(layers[name].mask.sum())))[0]
         for name, count in floors(sizes, density, floor).items()
     }
     rest = [scores[name].masked_fill(own[name], -1.0) for name in layers]
-    chosen = largest(rest, round(density * sum(sizes.values())) - _total(list(own.values())))
+    chosen = largest(rest, keep - _total(list(own.values())))
     return {name: own[name] | mask for name, mask in zip(layers, chosen, strict=True)}
 
 
