@@ -175,9 +175,11 @@ def _lay_out_group(source: Source, group: list[Placed]) -> _LaidOut:
     A few rows at a time, which stay in the cache from the first look at them to the last.
     """
     weight = _Weight.read(source, group[0].source)
-    comparison = _Comparison(weight, in_order=all(tensor.rows is None for tensor in group))
+    comparison = _Comparison(weight, in_order=False)
     data = []
     for tensor in group:
+        if tensor.rows is None:  # the whole weight, a tied head for the second time
+            comparison = _Comparison(weight, in_order=True)
         parts = []
         for rows in _row_parts(weight, tensor):
             part = weight.part(rows)
@@ -203,22 +205,22 @@ class _Comparison:
     """What a weight must be read as, and whether that is what its lattice says."""
 
     def __init__(self, weight: _Weight, *, in_order: bool) -> None:
-        self._weight, self._exact = weight, True
+        self._weight, self._in_order, self._exact = weight, in_order, True
         self._digest = Digest(weight.shape)
-        self._whole = None if in_order else np.empty(weight.shape, np.float32)
+        self._whole = np.empty((0, 0) if in_order else weight.shape, np.float32)
 
     def add(self, part: _Weight, values: np.ndarray, rows: Rows) -> None:
         """Take the values of some rows."""
         if part.lattice is not None:
             self._exact = self._exact and np.array_equal(values, part.lattice.dequantize())
-        if self._whole is None:
+        if self._in_order:
             self._digest.update(values)
         else:
             self._whole[rows] = values
 
     def digest(self) -> str:
         """Of the whole weight, once all rows were there."""
-        if self._whole is not None:
+        if not self._in_order:
             self._digest.update(self._whole)
         return self._digest.hexdigest()
 
