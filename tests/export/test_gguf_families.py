@@ -12,6 +12,7 @@ import pytest
 from families import FAMILIES, WINDOW, save_family
 
 from edgewright.errors import BadInput
+from edgewright.export import to_gguf
 from edgewright.export.gguf.file import open_gguf
 from edgewright.export.gguf.reader import read_weights
 from edgewright.export.parity import differences
@@ -115,6 +116,27 @@ def test_short_and_long_factors(tmp_path):
             with LlamaCppSession(tmp_path / "m.gguf", threads=1, context_length=context) as candidate:
                 assert candidate.context_length == (context or 256)
                 assert np.abs(read(candidate, text, (length,)) - read(reference, text, (length,))).max() <= 2e-4
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "phi3-window", "gpt2"])
+def test_it_does_not_matter_how_many_rows_are_packed_at_a_time(family, quant, tiny_model, tmp_path, monkeypatch):
+    source = load_source(tiny_model(family))
+    at_once = write(source, tmp_path / "m.gguf", quant=quant)
+    monkeypatch.setattr(to_gguf, "PART", 1000)
+    in_parts = write(source, tmp_path / "parts.gguf", quant=quant)
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "parts.gguf").read_bytes()
+    assert list(in_parts.digests.items()) == list(at_once.digests.items())
+    assert differences(tmp_path / "parts.gguf", "gguf", source, digests=in_parts.digests) == []
+
+
+def test_lattices_are_packed_a_few_rows_at_a_time_as_well(ternary_model, tmp_path, monkeypatch):
+    source = load_source(ternary_model)
+    at_once = write(source, tmp_path / "m.gguf", quant="tq2_0")
+    monkeypatch.setattr(to_gguf, "PART", 1000)
+    in_parts = write(source, tmp_path / "parts.gguf", quant="tq2_0")
+    assert (tmp_path / "m.gguf").read_bytes() == (tmp_path / "parts.gguf").read_bytes()
+    assert (in_parts.digests, in_parts.lattice) == (at_once.digests, at_once.lattice) and in_parts.lattice
 
 
 def test_a_tied_head_is_written_where_the_graph_wants_one(tmp_path):
