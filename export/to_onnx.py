@@ -20,9 +20,10 @@ import numpy as np
 from edgewright.export.artifact import Written, sync
 from edgewright.export.clean_settings import clean_config, clean_tokenizer_config
 from edgewright.export.guard import read_json
-from edgewright.export.onnx.decoder_graph import build, check_positions
+from edgewright.export.onnx.decoder_graph import build, check_positions, makers
 from edgewright.export.onnx.files import save_graph
-from edgewright.export.onnx.fusions import CONTRIB, fuse, replace, unflatten
+from edgewright.export.onnx.fusions import CONTRIB, bias_behind, fuse, replace, unflatten
+from edgewright.export.onnx.joining import join_products
 from edgewright.export.onnx.packing import HALF, Packed, Packer, half
 from edgewright.export.source import Source, special_ids
 
@@ -49,7 +50,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
     """
     check_positions(source)
     packer = Packer(source=source, quant=quant, embedding_quant=embedding_quant)
-    write_graph(source, directory, packer)
+    write_graph(build(source), source, directory, packer)
     _write_settings(source, directory)
     sync(directory)
     return Written(
@@ -57,16 +58,25 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         lattice=packer.lattice,
         digests=packer.digests,
         embedding_quant=packer.embedding_width,
-        versions={name: version(name) for name in ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")},
+        versions={name: version(name) for name in (*makers(source), "onnxruntime")},
     )
 
 
-def write_graph(source: Source, directory: Path, packer: Packer) -> None:
-    """Write model.onnx and model.onnx.data alone, with the weights as `packer` lays them out. Errors as `write`."""
-    writing = _Writing(model=build(source), source=source, packer=packer)
+def write_graph(model: ir.Model, source: Source, directory: Path, packer: Packer, *, join: bool = False) -> None:
+    """Write model.onnx and model.onnx.data alone, with the weights as `packer` lays them out.
+
+    Args:
+        model: as `decoder_graph` gives it; changed in place.
+        source: the checkpoint.
+        directory: made if it is not there.
+        packer: gets the record of what was stored.
+        join: whether products that read the same become one.
+    """
+    writing = _Writing(model=model, source=source, packer=packer)
     writing.run()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_graph(writing.model, directory, aliases=writing.aliases)
+    if join:
+        join_products(model)
+    save_graph(model, directory, aliases=writing.aliases)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +120,7 @@ class _Writing:
 
         bias, last = node.inputs[2] if node.op_type == "Gemm" else None, node
         if bias is None:
-            bias, last = _bias_behind(node)
+            bias, last = bias_behind(node)
         layout = packed.layout
         inputs = [node.inputs[0], self._codes(weight, packed), *self._scaling(weight, packed)]
         new = ir.node(
@@ -208,17 +218,6 @@ def _is_linear(node: ir.Node, index: int) -> bool:
 
 def _through_transpose(node: ir.Node) -> list[ir.Node]:
     return [user for user, _ in node.outputs[0].uses()] if node.op_type == "Transpose" else [node]
-
-
-def _bias_behind(node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
-    """The bias that is added to a product and to nothing else, and the addition; else None and the product."""
-    uses = list(node.outputs[0].uses())
-    if len(uses) == 1 and uses[0][0].op_type == "Add":
-        add = uses[0][0]
-        other = next(value for value in add.inputs if value is not node.outputs[0])
-        if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
-            return other, add
-    return None, node
 
 
 # ---------------------------------------------------------------- what lies beside the graph

@@ -1,6 +1,6 @@
 """OpenVINO: a folder that `openvino_genai.LLMPipeline(folder, "CPU")` runs as it is.
 
-The graph is the traced one (`decoder_graph.py`), read by OpenVINO itself; its cache becomes a state, and its weights
+The graph is that of `decoder_graph.py`, read by OpenVINO itself; its cache becomes a state, and its weights
 become compressed constants laid out from the codes of the lattice: u2 for ternary, i4 and i8. Scales are stored in half
 precision where that holds them exactly, else in float32; the runtime multiplies in float32 either way.
 
@@ -34,7 +34,7 @@ from edgewright.export.clean_settings import clean_config
 from edgewright.export.guard import read_json
 from edgewright.export.lattice import LatticeTensor, round_int, round_q4_0
 from edgewright.export.layout.openvino import OpenVinoWeight
-from edgewright.export.onnx.decoder_graph import check_positions, trace
+from edgewright.export.onnx.decoder_graph import check_positions, save
 from edgewright.export.onnx.packing import POSITIONS, UNLIKE_EMBEDDING
 from edgewright.export.openvino import graph as openvino_graph
 from edgewright.export.openvino.package import load
@@ -81,7 +81,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
     """Write an OpenVINO folder.
 
     Args:
-        source: the checkpoint, any decoder that `decoder_graph.trace` takes.
+        source: the checkpoint, any decoder that `decoder_graph.build` takes.
         directory: made if it is not there; the caller swaps it into place.
         quant: one of `QUANTS`.
         embedding_quant: of token embedding and head, one of `EMBEDDING_QUANTS`; None takes their lattice where they
@@ -96,10 +96,12 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
     check_positions(source)
     directory.mkdir(parents=True, exist_ok=True)
     with scratch(directory) as place:
-        model = _read(ov, trace(source, place), source)
+        model = _read(ov, save(source, place), source)
         packing = _Packing(source=source, quant=quant, embedding_quant=embedding_quant)
         packing.run(model)
         openvino_graph.make_stateful(model)
+        if _has_windows(source.config):
+            openvino_graph.keep_from_paging(model)
         _set_runtime_options(model, packing.elements)
         model.set_rt_info(str(source.config["max_position_embeddings"]), CONTEXT_LENGTH)
         ov.save_model(model, directory / "openvino_model.xml", compress_to_fp16=False)
@@ -140,13 +142,12 @@ class _Packing:
         return self._width_of(self.source.embedding)
 
     def run(self, model: Any) -> None:
-        """Put every tensor of the checkpoint into the traced graph as it is to be stored."""
+        """Put every tensor of the checkpoint into the graph as it is to be stored."""
         released = openvino_graph.release(model, self.source.names)
         missing = sorted({*self.source.names, *self.source.lattice} - released.keys())
         if missing:
             raise _broken_graph(missing[0], "no such weight")
-        if not _has_windows(self.source.config):
-            openvino_graph.simplify(model)
+        openvino_graph.simplify(model)
         for name, weight in released.items():
             if len(self.source.shape(name)) == 2:
                 self._replace(name, list(openvino_graph.readers(weight)))
@@ -278,12 +279,12 @@ def _broken_graph(name: str, found: str) -> GateFailed:
 
 def _has_windows(config: dict[str, Any]) -> bool:
     """Whether layers see only the last tokens: the pipeline's paged attention does not see that in the mask, and gives
-    them all. A graph that is not simplified is none that it knows, and runs as it is."""
+    them all."""
     return bool(config.get("sliding_window")) and config.get("use_sliding_window") is not False
 
 
 def _read(ov: Any, path: Path, source: Source) -> Any:
-    """The traced graph as an OpenVINO model."""
+    """The graph as an OpenVINO model."""
     try:
         return ov.Core().read_model(path)
     except RuntimeError as error:

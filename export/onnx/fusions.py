@@ -62,6 +62,17 @@ def replace(node: ir.Node, new: list[ir.Node]) -> None:
     replace_nodes_and_values(node.graph, node, [node], new, [old], [result])
 
 
+def bias_behind(product: ir.Node) -> tuple[ir.Value | None, ir.Node]:
+    """The bias that is added to a product and to nothing else, and the addition; else None and the product."""
+    uses = list(product.outputs[0].uses())
+    if len(uses) == 1 and uses[0][0].op_type == "Add":
+        add = uses[0][0]
+        other = next(value for value in add.inputs if value is not product.outputs[0])
+        if other is not None and other.is_initializer() and len(other.shape or ()) == 1:
+            return other, add
+    return None, product
+
+
 def _share_heads(attention: ir.Node) -> None:
     """Let `Attention` share keys and values between groups of query heads itself.
 

@@ -1,7 +1,8 @@
 """Read the weights of an ONNX folder back, for the gate: independent of the code that laid them out.
 
 Which matrix is which is told by the initializers' names and by what reads them; what a node computes with is taken
-apart from the operators' documentation alone (`onnx/reader.dequantize`).
+apart from the operators' documentation alone (`onnx/reader.dequantize`). An initializer may join several weights by
+rows: their names are then in its name, with a plus sign between them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
-from edgewright.export.onnx.graph import attributes
-from edgewright.export.onnx.reader import dequantize
+from edgewright.export.onnx.reader import attributes, dequantize
 from edgewright.export.source import Source
 
 _PACKED = re.compile(r"(.*)_Q[248](_rows)?")
@@ -32,12 +32,12 @@ def read_weights(path: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]
         if node.op_type in _PACKED_NODES:
             yield from file.packed(node, source)
         for name, turned in file.plain(node):
-            if name in source.files and len(file.initializers[name].dims) == 2:
+            if _known(name, source) and len(file.initializers[name].dims) == 2:
                 value = file.array(name).astype(np.float32)
-                yield name, np.ascontiguousarray(value.T) if turned else value
+                yield from _apart(name, value.T if turned else value, source)
     for name, tensor in file.initializers.items():
-        if name in source.files and len(tensor.dims) != 2:
-            yield name, file.array(name).astype(np.float32)
+        if _known(name, source) and len(tensor.dims) != 2:
+            yield from _apart(name, file.array(name).astype(np.float32), source)
 
 
 def widths(path: Path) -> set[str]:
@@ -47,6 +47,21 @@ def widths(path: Path) -> set[str]:
     plain = {name for node in file.nodes for name, _ in file.plain(node)}
     kinds = [tensor.data_type for name, tensor in file.initializers.items() if name in plain and len(tensor.dims) == 2]
     return packed | {_TYPES[kind] for kind in kinds if kind in _TYPES}
+
+
+def _known(name: str, source: Source) -> bool:
+    """Whether all the weights that an initializer joins are of the checkpoint."""
+    return source.files.keys() >= set(name.split("+"))
+
+
+def _apart(name: str, values: np.ndarray, source: Source) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights that an initializer joins by rows, from its values `[out, in]` or `[out]`."""
+    names = name.split("+")
+    ends = np.cumsum([source.matrix_shape(each)[0] for each in names])
+    if ends[-1] != len(values):
+        return  # not found, which is what the reader says of it then
+    for each, part in zip(names, np.split(values, ends[:-1]), strict=True):
+        yield each, np.ascontiguousarray(part)
 
 
 class _File:
@@ -90,19 +105,16 @@ class _File:
         is_table = node.op_type == "GatherBlockQuantized"
         table, scales = node.input[0 if is_table else 1], node.input[2]
         match = _PACKED.fullmatch(table)
-        if match is None or match[1] not in source.files:
+        if match is None or not _known(match[1], source):
             return
         zeros = node.input[3] if len(node.input) > 3 and node.input[3] else None
         bits = attributes(node)["bits"]
         assert isinstance(bits, int)
-        shape = source.shape(match[1])
-        yield (
-            match[1],
-            dequantize(
-                self.array(table),
-                self.array(scales),
-                bits=bits,
-                columns=shape[0] if source.stores_transposed(match[1]) else shape[1],
-                zeros=None if zeros is None else self.array(zeros),
-            ),
+        values = dequantize(
+            self.array(table),
+            self.array(scales),
+            bits=bits,
+            columns=source.matrix_shape(match[1].split("+")[0])[1],
+            zeros=None if zeros is None else self.array(zeros),
         )
+        yield from _apart(match[1], values, source)

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import helper
 
-from edgewright.export.onnx.graph import attributes
+
+def attributes(node: onnx.NodeProto) -> dict[str, object]:
+    """The attributes of a node as Python values."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def quantizes_activations(folder: Path) -> bool:

@@ -144,3 +144,23 @@ def make_stateful(model: Any) -> None:
             empty = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, ops.constant(fixed)], 0))
             node.set_arguments([empty.output(0)])
     model.validate_nodes_and_infer_types()
+
+
+def keep_from_paging(model: Any) -> None:
+    """Make a stateful graph one that the pipeline's paged attention does not take, but runs as it is.
+
+    Logits get the rows of `beam_idx`, as they have anyway; paged attention knows no such input.
+    """
+    ov = load()
+    ops = ov.opset13
+    beams = next(node for node in model.get_parameters() if "beam_idx" in node.output(0).get_names())
+    (result,) = [node for node in model.get_results() if "logits" in node.output(0).get_names()]
+    logits = result.input_value(0)
+    vocabulary = logits.get_partial_shape()[2].get_length()
+    rest = ops.constant(np.array([-1, vocabulary], np.int64))
+    shaped = ops.reshape(logits, ops.concat([ops.shape_of(beams, "i64"), rest], 0), False)
+    names = logits.get_names()
+    logits.get_tensor().set_names(set())
+    shaped.output(0).get_tensor().set_names(names)
+    result.input(0).replace_source_output(shaped.output(0))
+    model.validate_nodes_and_infer_types()

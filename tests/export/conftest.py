@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,11 +103,13 @@ def awkward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _built(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from edgewright.export.to_genai import build
-
+    """What the vendor's own builder makes of a model, in fp32, for the CPU."""
     pytest.importorskip("onnxruntime_genai")
     directory = tmp_path_factory.mktemp("built") / model.name
-    build(model, directory)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(directory)]
+    command += ["-p", "fp32", "-e", "cpu", "-c", str(tmp_path_factory.mktemp("cache"))]
+    quiet = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    subprocess.run(command, env=quiet | {"HF_HUB_OFFLINE": "1"}, check=True, capture_output=True)
     return directory
 
 
@@ -118,12 +123,6 @@ def ternary_built(ternary_model: Path, tmp_path_factory: pytest.TempPathFactory)
 def awkward_built(awkward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The builder's fp32 folder of `awkward_model`."""
     return _built(awkward_model, tmp_path_factory)
-
-
-@pytest.fixture(scope="session")
-def stories_built(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The builder's fp32 folder of `stories`."""
-    return _built(stories, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -146,18 +145,18 @@ def write_openvino(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Wr
     """`to_openvino.write` that traces each model once: the graph does not depend on the width."""
     pytest.importorskip("openvino_genai")
     from edgewright.export import to_openvino
-    from edgewright.export.onnx.decoder_graph import trace
+    from edgewright.export.onnx.decoder_graph import save
 
     traced: dict[Path, Path] = {}
 
     def once(source: Source, directory: Path) -> Path:
         if source.directory not in traced:
-            traced[source.directory] = trace(source, tmp_path_factory.mktemp("traced"))
+            traced[source.directory] = save(source, tmp_path_factory.mktemp("traced"))
         return traced[source.directory]
 
     def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(to_openvino, "trace", once)
+            patch.setattr(to_openvino, "save", once)
             return to_openvino.write(source, directory, quant=quant, embedding_quant=embedding_quant)
 
     return write

@@ -20,8 +20,8 @@ import numpy as np
 
 HEADS = 8
 """Of queries in stories260K."""
-JOINED = {"q_proj": ("qkv_proj", slice(0, 64)), "up_proj": ("gate_up_proj", slice(172, 344))}
-"""The matrices that hold several weights, and whose rows are which."""
+ROWS = {"q_proj": slice(0, 64), "up_proj": slice(172, 344)}
+"""Which rows of a matrix that holds several weights are one's own."""
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -123,13 +123,11 @@ def opened_onnx(path: Path) -> Iterator[Open]:
 
 
 def _packed(arrays: dict[str, np.ndarray], name: str) -> Stored:
-    """A weight of a graph, by the names that our tracer or the vendor's builder gives."""
+    """A weight of a graph: a matrix of its own, or some rows of one that joins several by their names."""
     if name in arrays:
         return Stored([arrays[name]], arrays[name])
-    built = name.replace("self_attn", "attn").replace(".weight", ".MatMul.weight")
-    places = {name: slice(None), built: slice(None)}
-    places |= {built.replace(part, joined): rows for part, (joined, rows) in JOINED.items() if part in built}
-    stem, rows = next((stem, rows) for stem, rows in places.items() if f"{stem}_scales" in arrays)
+    stem = next(each.removesuffix("_Q8") for each in arrays if each.endswith("_Q8") and name in each[:-3].split("+"))
+    rows = next((rows for part, rows in ROWS.items() if "+" in stem and part in name), slice(None))
     codes, scales = (arrays[f"{stem}{end}"][rows] for end in ("_Q8", "_scales"))
     return Stored([codes, scales], scales)
 

@@ -268,13 +268,13 @@ def test_a_file_holds_the_calibrated_lattice(stories, story_files, tmp_path):
     assert edgewright.verify(found.path, against=stories, threads=1).lattice_identity
 
 
-def test_a_file_of_onnx_runtime_holds_it_too(stories, stories_built, story_files, tmp_path):
+def test_a_file_of_onnx_runtime_holds_it_too(stories, story_files, tmp_path):
     """Embedding and head share their bytes, columns need not fill a block; an independent reader finds the codes."""
     from edgewright.export.genai.reader import read_weights
-    from edgewright.export.to_genai import pack
+    from edgewright.export.to_genai import write
 
     found = calibrate(load_source(stories), files=[story_files[0]], method="search")
-    written = pack(stories_built, found, tmp_path, quant="int4", embedding_quant="int4")
+    written = write(found, tmp_path, quant="int4", embedding_quant="int4")
     assert not written.fallbacks and set(written.lattice.values()) == {"exact"}
     stored = dict(read_weights(tmp_path, found))
     for name, lattice in found.lattice.items():

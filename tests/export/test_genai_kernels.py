@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
 from edgewright.export import to_genai
 from edgewright.export.lattice import round_int, round_ternary
-from edgewright.export.onnx import graph as onnx_graph
+from edgewright.export.onnx.joining import join_products
 from edgewright.export.onnx.packing import SCALE_FACTORS, Part, _least_squares, pack_at
-from edgewright.export.onnx.reader import dequantize
+from edgewright.export.onnx.reader import attributes, dequantize
 from edgewright.export.source import load_source
 
 FUSED_NORMS = {"SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
@@ -51,14 +52,12 @@ def profile(folder: Path, scratch: Path) -> tuple[list[dict[str, Any]], onnx.Mod
     return kernels, onnx.load(scratch / "optimized.onnx", load_external_data=False)
 
 
-def test_a_ternary_token_is_computed_by_the_fast_kernels_alone(
-    ternary_model: Path, ternary_built: Path, tmp_path: Path
-) -> None:
+def test_a_ternary_token_is_computed_by_the_fast_kernels_alone(ternary_model: Path, tmp_path: Path) -> None:
     """Two layers: 4 products each (q, k and v are one, gate and up another) and the head; fused attention and norms.
 
     MatMulNBits is fast at 2 bits with accuracy level 4 and blocks of 32 to 128 only: all else falls back, silently.
     """
-    to_genai.pack(ternary_built, load_source(ternary_model), tmp_path / "out", quant="ternary", embedding_quant="int8")
+    to_genai.write(load_source(ternary_model), tmp_path / "out", quant="ternary", embedding_quant="int8")
     kernels, optimized = profile(tmp_path / "out", tmp_path)
     ran = Counter(kernel["op_name"] for kernel in kernels)
     assert ran["MatMulNBits"] == 2 * 4 + 1 and ran["GroupQueryAttention"] == 2
@@ -67,7 +66,7 @@ def test_a_ternary_token_is_computed_by_the_fast_kernels_alone(
     unwanted = {"MatMul", "Gemm", "FusedMatMul", "DequantizeLinear", "ReduceMean", "Softmax", "Expand", "Pow"}
     assert not unwanted & set(ran)
     assert {kernel["provider"] for kernel in kernels} == {"CPUExecutionProvider"}
-    products = [onnx_graph.attributes(node) for node in optimized.graph.node if node.op_type == "MatMulNBits"]
+    products = [attributes(node) for node in optimized.graph.node if node.op_type == "MatMulNBits"]
     assert Counter(values["bits"] for values in products) == {2: 8, 8: 1}
     assert all(values["accuracy_level"] == 4 and values["block_size"] in (32, 64, 128) for values in products)
 
@@ -75,11 +74,11 @@ def test_a_ternary_token_is_computed_by_the_fast_kernels_alone(
 # ---------------------------------------------------------------- gate and up
 
 
-def two_products(block_of_up: int = 128) -> onnx_graph.Graph:
+def two_products(block_of_up: int = 128) -> ir.Model:
     rng = np.random.default_rng(0)
-    graph = helper.make_graph([], "g", [], [])
+    graph = helper.make_graph([], "g", [helper.make_tensor_value_info("x", 1, ["n", 256])], [])
     for part, block in (("gate", 128), ("up", block_of_up)):
-        weight = f"model.layers.0.mlp.{part}_proj.MatMul.weight"
+        weight = f"model.layers.0.mlp.{part}_proj.weight"
         codes = rng.integers(85, 170, (256, 256 // block, block // 4), np.uint8)
         scales = rng.random((256, 256 // block), np.float32)
         names = [f"{weight}_Q2", f"{weight}_scales"]
@@ -87,28 +86,35 @@ def two_products(block_of_up: int = 128) -> onnx_graph.Graph:
         values = {"K": 256, "N": 256, "bits": 2, "block_size": block, "accuracy_level": 4}
         node = helper.make_node("MatMulNBits", ["x", *names], [part], f"/{part}_proj", domain="com.microsoft", **values)
         graph.node.append(node)
-    return onnx_graph.Graph(helper.make_model(graph))
+        graph.node.append(helper.make_node("Relu", [part], [f"{part}_out"]))
+        graph.output.append(helper.make_tensor_value_info(f"{part}_out", 1, ["n", 256]))
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    return ir.from_proto(helper.make_model(graph, opset_imports=imports))
 
 
-def values_of(graph: onnx_graph.Graph) -> Iterator[np.ndarray]:
-    for node in graph.nodes("MatMulNBits"):
-        yield dequantize(graph.array(node.input[1]), graph.array(node.input[2]), bits=2, columns=256)
+def values_of(model: ir.Model) -> Iterator[np.ndarray]:
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            codes, scales = (value.const_value.numpy() for value in node.inputs[1:3])
+            yield dequantize(codes, scales, bits=2, columns=256)
 
 
 def test_gate_and_up_become_one() -> None:
-    graph = two_products()
-    before = list(values_of(graph))
-    onnx_graph.join_gate_up(graph, "MatMulNBits")
-    product, split = graph.model.graph.node
-    assert onnx_graph.attributes(product)["N"] == 512 and list(split.output) == ["gate", "up"]
-    assert product.input[1] == "model.layers.0.mlp.gate_up_proj.MatMul.weight_Q2"
-    np.testing.assert_array_equal(next(values_of(graph)), np.concatenate(before))
+    model = two_products()
+    before = list(values_of(model))
+    join_products(model)
+    product, split = list(model.graph)[:2]
+    assert product.attributes["N"].as_int() == 512 and split.op_type == "Split"
+    assert [next(iter(part.uses()))[0].outputs[0].name for part in split.outputs] == ["gate_out", "up_out"]
+    assert product.inputs[1].name == "model.layers.0.mlp.gate_proj.weight+model.layers.0.mlp.up_proj.weight_Q2"
+    np.testing.assert_array_equal(next(values_of(model)), np.concatenate(before))
+    assert len(model.graph.initializers) == 3, "codes, scales, and the sizes of the parts"
 
 
 def test_unlike_products_stay_apart() -> None:
-    graph = two_products(block_of_up=64)
-    onnx_graph.join_gate_up(graph, "MatMulNBits")
-    assert len(graph.model.graph.node) == 2
+    model = two_products(block_of_up=64)
+    join_products(model)
+    assert [node.op_type for node in model.graph].count("MatMulNBits") == 2
 
 
 def test_least_squares_loses_less_than_the_rule_of_q4_0(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def test_checkpoints_of_every_family_pass(tmp_path: Path) -> None:
         guard.check_model_directory(folder)
 
 
-def test_what_our_exporters_write_passes(ternary_model: Path, ternary_built: Path, tmp_path: Path) -> None:
+def test_what_our_exporters_write_passes(ternary_model: Path, tmp_path: Path) -> None:
     """The writers themselves: the gate and its runtimes are not needed here."""
     from edgewright.export.source import load_source
     from edgewright.export.targets import TARGETS

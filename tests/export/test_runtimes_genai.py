@@ -25,7 +25,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """fp32 folders: rotation inside the attention, and outside of it (with position ids)."""
     path = tmp_path_factory.mktemp("genai") / request.param
     source = load_source(request.getfixturevalue(f"{request.param}_model"))
-    to_genai.pack(request.getfixturevalue(f"{request.param}_built"), source, path, quant="fp32")
+    to_genai.write(source, path, quant="fp32")
     return path
 
 
@@ -190,8 +190,8 @@ def test_what_it_says_about_itself(session: GenaiSession, folder: Path) -> None:
     session.close()
 
 
-def test_packed_folders_do_not_claim_fp32(ternary_model: Path, ternary_built: Path, tmp_path: Path) -> None:
-    to_genai.pack(ternary_built, load_source(ternary_model), tmp_path / "out", quant="ternary")
+def test_packed_folders_do_not_claim_fp32(ternary_model: Path, tmp_path: Path) -> None:
+    to_genai.write(load_source(ternary_model), tmp_path / "out", quant="ternary")
     with GenaiSession(tmp_path / "out", threads=1) as session:
         assert not session.capabilities.fp32_compute
 

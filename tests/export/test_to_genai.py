@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from families import save_family
 
-from edgewright.errors import BadInput, GateFailed
+from edgewright.errors import GateFailed
 from edgewright.export import to_genai
 from edgewright.export.artifact import digest
-from edgewright.export.genai.families import checkpoint_names
 from edgewright.export.genai.reader import read_weights, widths
 from edgewright.export.lattice import LatticeTensor, detect_ternary, round_int
-from edgewright.export.onnx.graph import Graph, attributes
-from edgewright.export.onnx.reader import dequantize, quantizes_activations
+from edgewright.export.onnx.files import PAGE
+from edgewright.export.onnx.reader import attributes, dequantize, quantizes_activations
 from edgewright.export.source import EMBEDDING, HEAD, Source, load_source
 
 FP32_TOLERANCE = 1e-3
@@ -65,6 +64,21 @@ def packed_nodes(folder: Path) -> list[dict[str, object]]:
     return [attributes(node) for node in model.graph.node if node.op_type == "MatMulNBits"]
 
 
+def products(folder: Path) -> list[tuple[onnx.NodeProto, np.ndarray, np.ndarray]]:
+    """The packed products of a folder, with their codes and scales."""
+    graph = onnx.load(folder / "model.onnx").graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    return [(node, arrays[node.input[1]], arrays[node.input[2]]) for node in nodes]
+
+
+def place(folder: Path, ending: str) -> dict[str, str]:
+    """Where in the data file the initializer lies whose name ends so."""
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    tensor = next(tensor for tensor in graph.initializer if tensor.name.endswith(ending))
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
 @pytest.fixture(scope="module")
 def ternary(ternary_model: Path) -> Source:
     return load_source(ternary_model)
@@ -76,9 +90,9 @@ def awkward(awkward_model: Path) -> Source:
 
 
 @pytest.fixture(scope="module")
-def ternary_folder(ternary: Source, ternary_built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ternary_folder(ternary: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "ternary"
-    written = to_genai.pack(ternary_built, ternary, folder, quant="ternary")
+    written = to_genai.write(ternary, folder, quant="ternary")
     assert written.fallbacks == [] and written.embedding_quant == "fp32"
     assert written.lattice == dict.fromkeys(ternary.lattice, "exact")
     return folder
@@ -98,12 +112,9 @@ def test_ternary_weights_are_bit_exact(ternary: Source, ternary_folder: Path) ->
 
 def test_codes_and_scales_are_the_lattice(ternary: Source, ternary_folder: Path) -> None:
     """Not only the products: the stored integers are code + 2, the stored scales those of the lattice."""
-    graph = Graph(onnx.load(ternary_folder / "model.onnx"))
     met = 0
-    for node in graph.nodes("MatMulNBits"):
-        names = checkpoint_names(node.input[1].removesuffix("_Q2"), ternary)
-        assert names is not None
-        packed, scales = graph.array(node.input[1]), graph.array(node.input[2])
+    for node, packed, scales in products(ternary_folder):
+        names = node.input[1].removesuffix("_Q2").split("+")
         stored = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(len(packed), -1)
         parts = [ternary.lattice[name] for name in names]
         np.testing.assert_array_equal(stored.astype(np.int8) - 2, np.concatenate([part.codes for part in parts]))
@@ -114,21 +125,19 @@ def test_codes_and_scales_are_the_lattice(ternary: Source, ternary_folder: Path)
 
 
 def test_ternary_takes_two_and_a_quarter_bits(ternary_folder: Path) -> None:
-    graph = Graph(onnx.load(ternary_folder / "model.onnx"))
-    nodes = list(graph.nodes("MatMulNBits"))
+    nodes = products(ternary_folder)
     assert len(nodes) == 2 * 4  # q, k and v are one matrix, gate and up another
-    for node in nodes:
+    for node, codes, scales in nodes:
         values = attributes(node)
         assert (values["bits"], values["block_size"], values["accuracy_level"]) == (2, 128, 4)
-        size = graph.array(node.input[1]).nbytes + graph.array(node.input[2]).nbytes
-        assert size * 8 / (values["K"] * values["N"]) == 2.25  # type: ignore[operator]
+        assert (codes.nbytes + scales.nbytes) * 8 / (values["K"] * values["N"]) == 2.25  # type: ignore[operator]
 
 
 def test_a_changed_byte_is_seen_when_read(ternary: Source, ternary_folder: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(ternary_folder, broken)
     model = onnx.load(broken / "model.onnx", load_external_data=False)
-    tensor = next(t for t in model.graph.initializer if t.name.endswith("down_proj.MatMul.weight_Q2"))
+    tensor = next(t for t in model.graph.initializer if t.name.endswith("down_proj.weight_Q2"))
     offset = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
     data = bytearray((broken / "model.onnx.data").read_bytes())
     data[offset] ^= 0b10
@@ -155,7 +164,7 @@ def test_the_reader_takes_bits_low_first(bits: int) -> None:
 @pytest.mark.parametrize("name", ["ternary", "awkward"])
 def test_fp32_is_the_model(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source: Source = request.getfixturevalue(name)
-    written = to_genai.pack(request.getfixturevalue(f"{name}_built"), source, tmp_path / "out", quant="fp32")
+    written = to_genai.write(source, tmp_path / "out", quant="fp32")
     assert written.fallbacks == [] and not quantizes_activations(tmp_path / "out")
     tokens = tokens_of(source)
     difference = np.abs(folder_logits(tmp_path / "out", tokens) - reference_logits(source.directory, tokens)).max()
@@ -172,11 +181,9 @@ def test_ternary_differs_by_rounded_activations_alone(ternary: Source, ternary_f
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_ternary_weights_stay_exact_in_wider_widths(
-    quant: str, ternary: Source, ternary_built: Path, tmp_path: Path
-) -> None:
+def test_ternary_weights_stay_exact_in_wider_widths(quant: str, ternary: Source, tmp_path: Path) -> None:
     """Rounding {-s, 0, s} to 4 or 8 bits by the largest value would not give s back."""
-    written = to_genai.pack(ternary_built, ternary, tmp_path / "out", quant=quant)
+    written = to_genai.write(ternary, tmp_path / "out", quant=quant)
     assert written.fallbacks == [] and set(written.lattice.values()) == {"exact"}
     found = dict(read_weights(tmp_path / "out", ternary))
     for name, tensor in ternary.lattice.items():
@@ -185,11 +192,9 @@ def test_ternary_weights_stay_exact_in_wider_widths(
 
 
 @pytest.mark.parametrize(("quant", "limit"), [("int8", 1e-2), ("int4", 0.3), ("ternary", 1e-2)])
-def test_awkward_shapes_in_all_widths(
-    quant: str, limit: float, awkward: Source, awkward_built: Path, tmp_path: Path
-) -> None:
+def test_awkward_shapes_in_all_widths(quant: str, limit: float, awkward: Source, tmp_path: Path) -> None:
     """Rows of 72 and 100 weights end in the middle of a block, heads of 24 are rotated outside of the attention."""
-    written = to_genai.pack(awkward_built, awkward, tmp_path / "out", quant=quant)
+    written = to_genai.write(awkward, tmp_path / "out", quant=quant)
     found = dict(read_weights(tmp_path / "out", awkward))
     assert set(found) == set(awkward.names)
     for name, tensor in awkward.lattice.items():
@@ -201,26 +206,25 @@ def test_awkward_shapes_in_all_widths(
     assert widths(tmp_path / "out") == {quant, *(f.quant for f in written.fallbacks), written.embedding_quant}
 
 
-def test_what_is_not_ternary_is_counted(awkward: Source, awkward_built: Path, tmp_path: Path) -> None:
-    written = to_genai.pack(awkward_built, awkward, tmp_path / "out", quant="ternary")
+def test_what_is_not_ternary_is_counted(awkward: Source, tmp_path: Path) -> None:
+    """And stands apart from what is: queries and keys are still two bits."""
+    written = to_genai.write(awkward, tmp_path / "out", quant="ternary")
     layers = [f"model.layers.0.{part}.weight" for part in linear_modules()]
-    fused = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
-    assert sorted(fallback.tensor for fallback in written.fallbacks) == sorted(layers + fused)
+    alone = "model.layers.1.self_attn.v_proj.weight"
+    assert sorted(fallback.tensor for fallback in written.fallbacks) == sorted([*layers, alone])
     assert {fallback.quant for fallback in written.fallbacks} == {"int8"}
-    reason = next(f.reason for f in written.fallbacks if f.tensor == fused[0])
+    reason = next(f.reason for f in written.fallbacks if f.tensor == alone)
     assert "layers.1.self_attn.v_proj.weight is not ternary" in reason
     assert written.lattice == dict.fromkeys(awkward.lattice, "exact")
 
 
 @pytest.mark.parametrize("quant", ["fp32", "ternary"])
-def test_a_lattice_finer_than_the_files_is_what_counts(
-    quant: str, ternary: Source, ternary_built: Path, tmp_path: Path
-) -> None:
-    """As of a bf16 checkpoint with its sidecar: the builder reads the rounded files, the folder has the lattice."""
+def test_a_lattice_finer_than_the_files_is_what_counts(quant: str, ternary: Source, tmp_path: Path) -> None:
+    """As of a bf16 checkpoint with its sidecar: the files are rounded, the folder has the lattice."""
     name = "model.layers.1.mlp.down_proj.weight"
     finer = replace(ternary.lattice[name], scales=ternary.lattice[name].scales * np.float32(1.001))
     source = replace(ternary, lattice=ternary.lattice | {name: finer}, restored=frozenset({name}))
-    written = to_genai.pack(ternary_built, source, tmp_path / "out", quant=quant)
+    written = to_genai.write(source, tmp_path / "out", quant=quant)
     assert written.lattice[name] == "exact" and not written.fallbacks
     found = dict(read_weights(tmp_path / "out", source))
     np.testing.assert_array_equal(found[name], finer.dequantize())
@@ -236,26 +240,23 @@ def linear_modules() -> list[str]:
 
 @pytest.mark.parametrize(("embedding_quant", "bits"), [("int8", 8), ("int4", 4)])
 def test_a_tied_embedding_shares_the_bytes_of_the_head(
-    embedding_quant: str, bits: int, ternary: Source, ternary_built: Path, ternary_folder: Path, tmp_path: Path
+    embedding_quant: str, bits: int, ternary: Source, ternary_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    written = to_genai.pack(ternary_built, ternary, folder, quant="ternary", embedding_quant=embedding_quant)
+    written = to_genai.write(ternary, folder, quant="ternary", embedding_quant=embedding_quant)
     assert written.embedding_quant == embedding_quant
-    graph = Graph(onnx.load(folder / "model.onnx"))
     table = ternary.tensor(EMBEDDING)
     saved = (ternary_folder / "model.onnx.data").stat().st_size - (folder / "model.onnx.data").stat().st_size
-    assert saved > table.nbytes * (1 - (bits + 1.1) / 32)  # one packed copy, and no other
-    reshape = next(node for node in graph.nodes("Reshape") if "embed" in node.name)
-    head = next(node for node in graph.nodes("MatMulNBits") if node.output[0] == "logits")
-    assert reshape.input[0] == head.input[1]
+    assert saved > table.nbytes * (1 - (bits + 1.1) / 32) - 2 * PAGE  # one packed copy, and no other
+    assert place(folder, f"_Q{bits}") == place(folder, f"_Q{bits}_rows")
     error = np.abs(dict(read_weights(folder, ternary))[EMBEDDING] - table).max() / np.abs(table).max()
     assert 0 < error <= 1 / (1 << (bits - 1))
     tokens = tokens_of(ternary)
     assert divergence(reference_logits(ternary.directory, tokens), folder_logits(folder, tokens)) <= 0.05
 
 
-def test_an_untied_embedding_is_packed_apart(awkward: Source, awkward_built: Path, tmp_path: Path) -> None:
-    to_genai.pack(awkward_built, awkward, tmp_path / "out", quant="fp32", embedding_quant="int8")
+def test_an_untied_embedding_is_packed_apart(awkward: Source, tmp_path: Path) -> None:
+    to_genai.write(awkward, tmp_path / "out", quant="fp32", embedding_quant="int8")
     found = dict(read_weights(tmp_path / "out", awkward))
     for name in (EMBEDDING, HEAD):
         weight = awkward.tensor(name)
@@ -263,8 +264,8 @@ def test_an_untied_embedding_is_packed_apart(awkward: Source, awkward_built: Pat
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
-def test_a_tied_fp32_table_is_stored_once(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
-    to_genai.pack(ternary_built, ternary, tmp_path / "out", quant="fp32")
+def test_a_tied_fp32_table_is_stored_once(ternary: Source, tmp_path: Path) -> None:
+    to_genai.write(ternary, tmp_path / "out", quant="fp32")
     weights = sum(ternary.tensor(name).nbytes for name in ternary.names)
     rotation = 2 * ternary.config["max_position_embeddings"] * 64 // 2 * 4
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size < (weights + rotation) * 1.01
@@ -296,7 +297,7 @@ def test_the_config_is_that_of_the_model(ternary: Source, ternary_folder: Path) 
     assert search["do_sample"] is False and search["num_beams"] == 1
 
 
-def test_stories_in_all_widths(stories: Path, stories_built: Path, tmp_path: Path) -> None:
+def test_stories_in_all_widths(stories: Path, tmp_path: Path) -> None:
     """A trained model with rows of 64 and 172 weights and heads of 8."""
     from edgewright.export.runtimes.genai import GenaiSession
 
@@ -305,7 +306,7 @@ def test_stories_in_all_widths(stories: Path, stories_built: Path, tmp_path: Pat
     limits = {"fp32": 1e-6, "int8": 1e-2, "int4": 0.3, "ternary": 1e-2}
     for quant in to_genai.QUANTS:
         folder = tmp_path / quant
-        written = to_genai.pack(stories_built, source, folder, quant=quant)
+        written = to_genai.write(source, folder, quant=quant)
         assert len(written.fallbacks) == (35 if quant == "ternary" else 0)
         with GenaiSession(folder, threads=1) as session:
             if quant == "fp32":
@@ -317,92 +318,78 @@ def test_stories_in_all_widths(stories: Path, stories_built: Path, tmp_path: Pat
             assert logits is not None and divergence(reference, logits) <= limits[quant]
 
 
-def test_write_builds_and_packs_and_leaves_nothing_else(
-    ternary: Source, ternary_built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    monkeypatch.setattr(to_genai, "build", lambda model, directory: shutil.copytree(ternary_built, directory))
+def test_nothing_else_is_left(ternary: Source, tmp_path: Path) -> None:
     written = to_genai.write(ternary, tmp_path / "out", quant="ternary", embedding_quant="int8")
     assert written.embedding_quant == "int8" and len(written.lattice) == 14
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "scratch"}
-    assert not list(scratch.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_the_config_is_what_the_vendors_builder_writes(ternary_folder: Path, ternary_built: Path) -> None:
+    ours, theirs = (json.loads((path / "genai_config.json").read_text()) for path in (ternary_folder, ternary_built))
+    assert theirs["model"].pop("bos_token_id") == 1, "which is no token that texts start with"
+    assert ours["model"].pop("bos_token_id") == 0
+    assert ours == theirs
+
+
+def test_what_a_chat_model_says_of_generation_is_kept(ternary: Source, ternary_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(ternary_model, model)
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [7, 9]}
+    (model / "generation_config.json").write_text(json.dumps(said))
+    to_genai.write(load_source(model), tmp_path / "out", quant="ternary")
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert {name: config["search"][name] for name in ("do_sample", "temperature", "top_k", "top_p")} == {
+        name: said[name] for name in ("do_sample", "temperature", "top_k", "top_p")
+    }
+    assert config["model"]["eos_token_id"] == [0, 7, 9], "the tokenizer's own end, which ends a turn, is one as well"
+    assert config["model"]["pad_token_id"] == 7
 
 
 # ---------------------------------------------------------------- refusals
 
 
-def test_a_graph_with_other_weights_is_refused(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
-    """As if the builder had converted something else, or had joined q, k and v in another order."""
-    graph = Graph(onnx.load(ternary_built / "model.onnx"))
-    name = "model.layers.1.attn.qkv_proj.MatMul.weight"
-    swapped = graph.array(name)[:, ::-1]
-    graph.initializers[name].CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(swapped), name))
-    broken = tmp_path / "built"
-    shutil.copytree(ternary_built, broken, ignore=shutil.ignore_patterns("model.onnx*"))
-    onnx.save(graph.finish(), broken / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-    with pytest.raises(GateFailed, match=r"q_proj.*\[EW-521\]"):
-        to_genai.pack(broken, ternary, tmp_path / "out", quant="ternary")
+def test_a_weight_without_a_place_is_refused(ternary: Source, tmp_path: Path) -> None:
+    extra = "model.layers.0.mlp.expert.weight"
+    file = ternary.files[EMBEDDING]
+    shapes = {**ternary.architecture.shapes, extra: (4, 4)}
+    source = replace(
+        ternary, files={**ternary.files, extra: file}, architecture=replace(ternary.architecture, shapes=shapes)
+    )
+    with pytest.raises(GateFailed, match=r"expert.*\[EW-521\]"):
+        to_genai.write(source, tmp_path / "out", quant="int8")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_matrix_of_unknown_origin_is_refused(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
-    """It would otherwise stay in fp32 without a word."""
-    broken = tmp_path / "built"
-    shutil.copytree(ternary_built, broken)
-    model = onnx.load(broken / "model.onnx", load_external_data=False)
-    old, new = "model.layers.1.mlp.up_proj.MatMul.weight", "model.layers.1.expert.up_proj.MatMul.weight"
-    for node in model.graph.node:
-        node.input[:] = [new if name == old else name for name in node.input]
-    for tensor in model.graph.initializer:
-        tensor.name = new if tensor.name == old else tensor.name
-    onnx.save(model, broken / "model.onnx")
-    with pytest.raises(GateFailed, match=r"expert.*\[EW-521\]"):
-        to_genai.pack(broken, ternary, tmp_path / "out", quant="int8")
-
-
-def test_a_quantized_weight_that_was_not_met_is_an_error(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
+def test_a_quantized_weight_that_was_not_met_is_an_error(ternary: Source, tmp_path: Path) -> None:
     extra = next(iter(ternary.lattice.values()))
     source = replace(ternary, lattice=ternary.lattice | {"model.layers.9.mlp.up_proj.weight": extra})
     with pytest.raises(GateFailed, match=r"layers\.9.*no such weight|no such weight"):
-        to_genai.pack(ternary_built, source, tmp_path / "out", quant="ternary")
+        to_genai.write(source, tmp_path / "out", quant="ternary")
 
 
-def test_a_lattice_that_no_block_holds_falls_back(ternary: Source, ternary_built: Path, tmp_path: Path) -> None:
+def test_a_lattice_that_no_block_holds_falls_back(ternary: Source, tmp_path: Path) -> None:
     """Scale groups of 48 straddle every block: such a weight is stored in fp32, exactly, and counted."""
     name = "model.layers.0.mlp.up_proj.weight"
     tensor = ternary.lattice[name]
     scales = np.repeat(tensor.scales, -(-256 // 48), axis=1)
     odd = LatticeTensor(codes=tensor.codes, scales=scales, group=48, bits=2, levels="ternary")
     source = replace(ternary, lattice=ternary.lattice | {name: odd})
-    written = to_genai.pack(ternary_built, source, tmp_path / "out", quant="ternary")
+    written = to_genai.write(source, tmp_path / "out", quant="ternary")
     assert [(fallback.tensor, fallback.quant) for fallback in written.fallbacks] == [(name, "fp32")]
     assert "straddles" in written.fallbacks[0].reason
     np.testing.assert_array_equal(dict(read_weights(tmp_path / "out", ternary))[name], tensor.dequantize())
 
 
-def test_the_builders_refusal_is_told(ternary_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime_genai")
-    model = tmp_path / "model"
-    shutil.copytree(ternary_model, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["StrangeForCausalLM"]}))
-    with pytest.raises(BadInput, match=r"\[EW-520\]") as caught:
-        to_genai.build(model, tmp_path / "out")
-    assert "Traceback" not in str(caught.value) and "not currently supported" in str(caught.value.found)
-
-
-def test_heads_that_the_attention_does_not_take_are_refused(
-    awkward: Source, awkward_built: Path, tmp_path: Path
-) -> None:
-    built = tmp_path / "built"
-    shutil.copytree(awkward_built, built)
-    config = json.loads((built / "genai_config.json").read_text())
-    config["model"]["decoder"]["head_size"] = 12
-    (built / "genai_config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=r"\[EW-522\]"):
-        to_genai.pack(built, awkward, tmp_path / "out", quant="int8")
+def test_heads_that_the_attention_does_not_take_get_another(tmp_path: Path) -> None:
+    """`GroupQueryAttention` wants sizes that 8 divides; ONNX's own operators take all."""
+    model = save_family("llama", tmp_path / "model", {"head_dim": 12})
+    source = load_source(model)
+    to_genai.write(source, tmp_path / "out", quant="fp32")
+    kinds = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.node}
+    assert "Attention" in kinds and "GroupQueryAttention" not in kinds
+    tokens = tokens_of(source)
+    difference = np.abs(folder_logits(tmp_path / "out", tokens) - reference_logits(model, tokens)).max()
+    assert difference <= FP32_TOLERANCE
 
 
 def test_fixture_weights_are_what_they_claim(awkward: Source) -> None:

@@ -17,8 +17,7 @@ from edgewright.export import to_onnx
 from edgewright.export.artifact import Written, digest
 from edgewright.export.lattice import LatticeTensor
 from edgewright.export.onnx import plain_reader as onnx_plain_reader
-from edgewright.export.onnx.graph import attributes
-from edgewright.export.onnx.reader import dequantize
+from edgewright.export.onnx.reader import attributes, dequantize
 from edgewright.export.runtimes.onnx import OnnxSession
 from edgewright.export.source import Source, load_source
 

@@ -1,0 +1,136 @@
+"""genai_config.json: what ONNX Runtime GenAI must know of a graph, and how its own loop generates.
+
+The keys and the defaults are those that the vendor's builder writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from edgewright.errors import BadInput
+from edgewright.export.guard import read_json
+from edgewright.export.source import Source, open_tokenizer, special_ids
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+KIND = "decoder"
+"""`model.type`: the runtime's name for a decoder that needs nothing special."""
+
+IN_PLACE = "GroupQueryAttention"
+"""The attention that writes keys and values into the cache that it is given."""
+
+SEARCH = {
+    "diversity_penalty": 0.0,
+    "do_sample": False,
+    "early_stopping": True,
+    "length_penalty": 1.0,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
+"""How the runtime generates where nobody says otherwise."""
+
+_GENERATION = ("do_sample", "temperature", "top_k", "top_p")
+"""What the checkpoint's generation_config.json says otherwise."""
+
+
+def genai_config(source: Source, model: ir.Model) -> dict[str, Any]:
+    """The content of genai_config.json.
+
+    A graph whose attention does not write in place gets a cache that grows with every token
+    (`past_present_share_buffer` is false).
+
+    Raises:
+        BadInput: EW-546, the layers have caches of several shapes.
+    """
+    path = source.directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    return {
+        "model": _model(source, model, generation),
+        "search": SEARCH
+        | {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
+        | {"max_length": _context_length(source), "past_present_share_buffer": _writes_in_place(model)},
+    }
+
+
+def _model(source: Source, model: ir.Model, generation: dict[str, Any]) -> dict[str, Any]:
+    """The section that describes the graph."""
+    heads, size, layers = _cache(source, model)
+    starts, ends, pads = (_ids(source, kind, source.config, generation) for kind in ("bos", "eos", "pad"))
+    ends = ends or [0]
+    turn_ends = [token for token in _ids(source, "eos") if token not in ends]  # of a chat, which config.json may lack
+    all_ends = [*turn_ends, *ends]
+    inputs = [name for name in ("input_ids", "attention_mask", "position_ids") if name in _inputs(model)]
+    return {
+        "bos_token_id": (starts or ends)[0],  # where a checkpoint has no BOS a text starts with EOS
+        "context_length": _context_length(source),
+        "decoder": {
+            "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+            "filename": "model.onnx",
+            "head_size": size,
+            "hidden_size": int(source.config["hidden_size"]),
+            "inputs": {
+                **{name: name for name in inputs},
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+            "num_attention_heads": int(source.config["num_attention_heads"]),
+            "num_hidden_layers": layers,
+            "num_key_value_heads": heads,
+        },
+        "eos_token_id": all_ends[0] if len(all_ends) == 1 else all_ends,
+        "pad_token_id": (pads or ends)[0],
+        "type": str(source.config["model_type"]) if _writes_in_place(model) else KIND,
+        "vocab_size": int(source.config["vocab_size"]),
+    }
+
+
+def _writes_in_place(model: ir.Model) -> bool:
+    return any(node.op_type == IN_PLACE for node in model.graph)
+
+
+def _inputs(model: ir.Model) -> dict[str, ir.Value]:
+    return {str(value.name): value for value in model.graph.inputs}
+
+
+def _cache(source: Source, model: ir.Model) -> tuple[int, int, int]:
+    """Heads and head size of the graph's cache, and its layers."""
+    caches = [value.shape for name, value in _inputs(model).items() if name.startswith("past_key_values.")]
+    shapes = {(shape[1], shape[3]) for shape in caches if shape is not None}
+    if len(shapes) != 1:
+        raise BadInput(
+            "EW-546",
+            "the layers of this model keep caches of several shapes, which the target cannot say",
+            where=source.directory.absolute(),
+            expected="the same number of heads, and the same head size, in all layers",
+            found=", ".join(f"{heads} heads of {size}" for heads, size in sorted(shapes, key=str)),
+            fix="export to onnx or gguf",
+        )
+    heads, size = shapes.pop()
+    assert isinstance(heads, int)
+    assert isinstance(size, int)
+    return heads, size, len(caches) // 2
+
+
+def _context_length(source: Source) -> int:
+    return int(source.config["max_position_embeddings"])
+
+
+def _ids(source: Source, kind: str, *settings: Mapping[str, Any]) -> list[int]:
+    """The special tokens of a kind: those of the last settings that name one, else the tokenizer's."""
+    tokenizer = open_tokenizer(source.directory)
+    tokens = [tokenizer.id_to_token(index) or "" for index in range(tokenizer.get_vocab_size())]
+    named = {name: value for each in settings for name, value in each.items() if value is not None}
+    return special_ids(named, source.tokenizer_config, kind, tokens)
