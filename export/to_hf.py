@@ -26,6 +26,7 @@ from edgewright.export.guard import read_json
 from edgewright.export.in_order import AT_ONCE, in_order
 from edgewright.export.lattice import SIDECAR, LatticeTensor, round_int, save_sidecar
 from edgewright.export.layout import NF4, BitNet, Int8, Nf4
+from edgewright.export.plain_only import refuse_factors
 from edgewright.export.rounding import round_nf4
 from edgewright.export.source import Source
 
@@ -75,8 +76,9 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
 
     Raises:
         BadInput: EW-508, a weight is too large for fp16; EW-530, a lattice that the packing cannot express; EW-531,
-            two precisions in a plain directory.
+            two precisions in a plain directory; EW-723, the checkpoint has factored layers.
     """
+    refuse_factors(source, "hf")
     directory.mkdir(parents=True, exist_ok=True)
     writing = _Writing(source=source, directory=directory, packing=PACKINGS.get(quant))
     if writing.packing is None and embedding_quant not in (None, quant):

@@ -336,6 +336,14 @@ FAMILIES: dict[str | None, Family] = {
         tied_output=False,
     ),
     "phi3": _PHI3,
+    "bitnet": Family(
+        arch="bitnet",
+        layer={**_LLAMA_LAYER, **_same(self_attn__attn_sub_norm="attn_sub_norm", mlp__ffn_sub_norm="ffn_sub_norm")},
+        whole={key: value for key, value in _LLAMA_WHOLE.items() if key != "lm_head"},  # the head is the embedding
+        biases=frozenset(),
+        rules={"hidden_act": ("silu",), "tie_word_embeddings": (True,)},
+        free_heads=False,
+    ),
     "gpt2": Family(
         arch="gpt2",
         layer=_same(
