@@ -22,11 +22,15 @@ TITLES = {
     "runtimes": "Every runtime and width on the same 200M shapes",
     "calibration": "Calibrated 4 bits against plain rounding",
     "export_speed": "Export time against the vendors' tools",
+    "quality": "Quality of every method against dense training, at equal tokens, compute and bytes",
+    "method_speed": "Step time and memory of methods against dense training",
     "guard": "Hostile files: refused, in what time and memory",
     "data_speed": "Reading, tokenizing and packing",
     "kill_resume": "kill -9 and resume",
     "onnx_block_size": "Why MatMulNBits is packed as it is",
 }
+ARGUMENTS = {"quality": ["--table"]}
+"""Scripts that are not run as they are: quality.py trains for hours, so only its committed results are shown."""
 INTRODUCTION = """# Results
 
 Each section is what a script of this folder printed: command, commit, machine, figures, bars. `make bench` measures
@@ -49,7 +53,10 @@ def sections() -> dict[str, str]:
 def measure(name: str) -> str:
     """Run a script; its output as a section."""
     process = subprocess.Popen(
-        [sys.executable, str(HERE / f"{name}.py")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, str(HERE / f"{name}.py"), *ARGUMENTS.get(name, [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert process.stdout is not None
     lines = []

@@ -16,9 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import header, interleaved, median_line, worker
+
+from edgewright.method import Method
 
 BATCH, LENGTH, VOCABULARY, WARM = 16, 256, 8192, 4
 PEERS = {"trainer": 1.2, "trainer-best": 1.05}
@@ -44,8 +47,8 @@ def model():  # noqa: ANN201 - a PreTrainedModel; transformers is imported late
     )
 
 
-def ours(steps: int) -> list[float]:
-    """Seconds of each step of our loop."""
+def ours(steps: int, methods: Sequence[Method] = ()) -> list[float]:
+    """Seconds of each step of our loop, with methods of compression if any."""
     import numpy as np
 
     from edgewright.checkpoint import TrainState
@@ -64,12 +67,14 @@ def ours(steps: int) -> list[float]:
     )
     network = model()
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    for method in methods:
+        method.prepare(network)
     state = TrainState(decisions=decide(settings, parameters=parameters, tokens=20 * parameters))
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             model=network,
             objective=NextToken(),
-            methods=[],
+            methods=list(methods),
             optimizer=AdamWConfig(learning_rate=1e-3, weight_decay=0.0).build(network),
             learning_rate=1e-3,
             schedule=CosineConfig(),
