@@ -24,8 +24,6 @@ from edgewright.recipe import Recipe, load_recipe
 from edgewright.stage import StageResult, train_stage
 from edgewright.training import Interrupted, StopRequest
 
-JUDGED_TOKENS = 200_000
-"""Held-out tokens, in windows drawn at random from all held-out text; the same for every model and file."""
 CALIBRATION_DOCUMENT = 8_000
 """Characters of a document that calibration may use."""
 
@@ -63,7 +61,7 @@ def measure(job: Job, places: Places, stop: StopRequest) -> dict[str, Any]:
         earlier = {name: result.model for name, result in stages.items()}
         folder = directory / "stages" / stage.name
         stages[stage.name] = train_stage(loaded, stage, corpus, folder, earlier, say=say, stop=stop)
-    judge = Judge(loaded, corpus)
+    judge = Judge(loaded, corpus, job.scale.judged_tokens)
     quality = {name: judge.quality(result.model) for name, result in stages.items()}
     model = stages["model"].model
     files = (
@@ -125,7 +123,8 @@ def best_factor(job: Job, places: Places) -> float:
 class Judge:
     """The held-out text, and how well a model or file predicts it in its own runtime."""
 
-    def __init__(self, loaded: Recipe, corpus: Corpus) -> None:
+    def __init__(self, loaded: Recipe, corpus: Corpus, tokens: int) -> None:
+        self.tokens = tokens
         texts: Iterable[tuple[str, str]] = iterate_documents(loaded.data, split="held_out", rule=corpus.split)
         self.texts = [text for _, text in texts]
 
@@ -133,7 +132,7 @@ class Judge:
         """Nats per token, perplexity, bits per byte."""
         with open_session(path) as session:
             documents = ((session.tokenize(text), len(text.encode())) for text in self.texts)
-            found = evaluate_session(session, documents, max_tokens=JUDGED_TOKENS, window=SEQUENCE, seed=0)
+            found = evaluate_session(session, documents, max_tokens=self.tokens, window=SEQUENCE, seed=0)
         say(f"{path.name}: {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.3f}")
         return {"loss": found.loss, "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
 

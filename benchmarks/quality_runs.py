@@ -36,6 +36,9 @@ class Scale:
     rank: int
     """Of low-rank factors: at most 60 % of the linear parameters."""
     lost_rank: int
+    restart_every: int = 200
+    judged_tokens: int = 100_000
+    """Held-out tokens, in windows drawn at random from all held-out text; the same for every model and file."""
     tokens_per_parameter: float = 20.0
     """Of all parameters, embedding included. Shorter runs rank methods by noise."""
 
@@ -102,7 +105,9 @@ SCALES = {
         rates=(2e-3, 4e-3),
         rank=76,
         lost_rank=64,
-        tokens_per_parameter=0.2,
+        restart_every=20,
+        judged_tokens=4_000,
+        tokens_per_parameter=0.05,
     ),
     "gpu": Scale(
         name="gpu",
@@ -199,6 +204,10 @@ def lowrank(**settings: Any) -> Callable[[Scale], tuple[Stage, ...]]:
     return lambda scale: plain({"type": "lowrank", "rank": scale.rank, **settings})(scale)
 
 
+def restarted(scale: Scale) -> tuple[Stage, ...]:
+    return lowrank(restart_every=scale.restart_every)(scale)
+
+
 def lowrank_flops(scale: Scale) -> tuple[Stage, ...]:
     """Low rank with as many operations as the dense run, so more tokens; attention and head cost what they cost."""
     shape = scale.shape()
@@ -206,7 +215,7 @@ def lowrank_flops(scale: Scale) -> tuple[Stage, ...]:
     factors = shape["num_hidden_layers"] * scale.rank * (4 * 2 * hidden + 3 * (hidden + inner))
     rest = scale.embedding() + scale.attention()
     steps = round(scale.steps * (scale.linear() + rest) / (factors + rest))
-    method = {"type": "lowrank", "rank": scale.rank, "restart_every": 200}
+    method = {"type": "lowrank", "rank": scale.rank, "restart_every": scale.restart_every}
     return (Stage(name="model", steps=steps, methods=(method,)),)
 
 
@@ -282,7 +291,7 @@ ROWS = (
     ),
     Row(
         name="lowrank-restarts", what="low rank, refactorization + reset every 200 steps", core=True,
-        stages=lowrank(restart_every=200), factors=(1.0, 2.0), files=PLAIN_FILES,
+        stages=restarted, factors=(1.0, 2.0), files=PLAIN_FILES,
     ),
     Row(name="lowrank", what="low rank, plain", rate_of="lowrank-restarts", core=True, stages=lowrank()),
     Row(name="lost", what="LOST", rate_of="lowrank-restarts", core=True, stages=lost, files=FACTOR_FILES),
