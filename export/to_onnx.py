@@ -20,11 +20,12 @@ import numpy as np
 from edgewright.export.artifact import Written, sync
 from edgewright.export.clean_settings import clean_config, clean_tokenizer_config
 from edgewright.export.guard import read_json
+from edgewright.export.in_order import in_order
 from edgewright.export.onnx.decoder_graph import build, check_positions, makers
 from edgewright.export.onnx.files import save_graph
 from edgewright.export.onnx.fusions import CONTRIB, bias_behind, fuse, replace, unflatten
 from edgewright.export.onnx.joining import join_products
-from edgewright.export.onnx.packing import HALF, Packed, Packer, half
+from edgewright.export.onnx.packing import HALF, Packed, Packer, Stored, half
 from edgewright.export.source import Source, special_ids
 
 if TYPE_CHECKING:
@@ -91,25 +92,29 @@ class _Writing:
     def run(self) -> None:
         graph = self.model.graph
         unflatten(self.model)
-        for weight in [value for value in graph.initializers.values() if value.name in self.source.files]:
-            if len(weight.shape or ()) == 2:
-                self._lay_out(weight)
+        weights = [value for value in graph.initializers.values() if value.name in self.source.files]
+        matrices = [weight for weight in weights if len(weight.shape or ()) == 2]
+        asked = [(str(weight.name), self._is_packable(weight)) for weight in matrices]
+        prepared = in_order(lambda each: self.packer.prepare([each[0]], packable=each[1]), asked)
+        for weight, stored in zip(matrices, prepared, strict=True):
+            self._lay_out(weight, self.packer.keep(stored))
         fuse(self.model)
 
-    def _lay_out(self, weight: ir.Value) -> None:
-        """Store one matrix, and make its readers read it so."""
-        readers = [(node, index) for node, index in weight.uses()]
-        packable = all(_is_linear(node, index) or self._is_embedding(weight, node) for node, index in readers)
-        stored = self.packer.store([str(weight.name)], packable=packable)
+    def _is_packable(self, weight: ir.Value) -> bool:
+        return all(_is_linear(node, index) or self._is_embedding(weight, node) for node, index in weight.uses())
+
+    def _lay_out(self, weight: ir.Value, stored: Stored) -> None:
+        """Make the readers of one matrix read it as it is stored."""
+        readers = [node for node, _ in weight.uses()]
         if stored.packed is not None:
-            for node, _ in readers:
+            for node in readers:
                 for reader in _through_transpose(node):
                     if node.op_type == "Gather":
                         self._look_up(reader, weight, stored.packed)
                     else:
                         self._multiply(reader, weight, stored.packed)
         elif stored.width in HALF:
-            self._halve(weight, stored.width, [node for node, _ in readers])
+            self._halve(weight, stored.width, readers)
 
     def _is_embedding(self, weight: ir.Value, node: ir.Node) -> bool:
         return node.op_type == "Gather" and weight.name == self.source.embedding

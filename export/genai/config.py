@@ -5,7 +5,6 @@ The keys and the defaults are those that the vendor's builder writes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import BadInput
@@ -63,9 +62,18 @@ def genai_config(source: Source, model: ir.Model) -> dict[str, Any]:
 def _model(source: Source, model: ir.Model, generation: dict[str, Any]) -> dict[str, Any]:
     """The section that describes the graph."""
     heads, size, layers = _cache(source, model)
-    starts, ends, pads = (_ids(source, kind, source.config, generation) for kind in ("bos", "eos", "pad"))
+    tokens, own = _vocabulary(source), {name: value for name, value in generation.items() if value is not None}
+    starts, ends, pads, turn_ends = (
+        special_ids(settings, source.tokenizer_config, kind, tokens)
+        for kind, settings in (
+            ("bos", source.config | own),
+            ("eos", source.config | own),
+            ("pad", source.config | own),
+            ("eos", {}),  # the tokenizer's, which ends a turn of a chat, and which config.json may lack
+        )
+    )
     ends = ends or [0]
-    turn_ends = [token for token in _ids(source, "eos") if token not in ends]  # of a chat, which config.json may lack
+    turn_ends = [token for token in turn_ends if token not in ends]
     all_ends = [*turn_ends, *ends]
     inputs = [name for name in ("input_ids", "attention_mask", "position_ids") if name in _inputs(model)]
     return {
@@ -128,9 +136,7 @@ def _context_length(source: Source) -> int:
     return int(source.config["max_position_embeddings"])
 
 
-def _ids(source: Source, kind: str, *settings: Mapping[str, Any]) -> list[int]:
-    """The special tokens of a kind: those of the last settings that name one, else the tokenizer's."""
+def _vocabulary(source: Source) -> list[str]:
+    """The texts of all tokens, by id."""
     tokenizer = open_tokenizer(source.directory)
-    tokens = [tokenizer.id_to_token(index) or "" for index in range(tokenizer.get_vocab_size())]
-    named = {name: value for each in settings for name, value in each.items() if value is not None}
-    return special_ids(named, source.tokenizer_config, kind, tokens)
+    return [tokenizer.id_to_token(index) or "" for index in range(tokenizer.get_vocab_size())]

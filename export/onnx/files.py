@@ -1,4 +1,4 @@
-"""Write an ONNX graph: `model.onnx` beside `model.onnx.data`, one tensor in memory at a time."""
+"""Write an ONNX graph: `model.onnx` beside `model.onnx.data`, a few tensors in memory at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy as np
+
 from edgewright.export.artifact import sync
+from edgewright.export.in_order import in_order
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,7 +28,7 @@ def save_graph(model: ir.Model, directory: Path, *, aliases: Mapping[str, str] |
     """Write a graph and its data, and check it.
 
     Args:
-        model: its initializers may be lazy: each is asked for its bytes once, and then forgotten.
+        model: its initializers may be lazy: each is asked for its bytes once, and forgotten when they are written.
         directory: made if it is not there.
         aliases: initializers that are the bytes of another one, in another shape: its name by theirs.
 
@@ -38,17 +41,17 @@ def save_graph(model: ir.Model, directory: Path, *, aliases: Mapping[str, str] |
     directory.mkdir(parents=True, exist_ok=True)
     path, data, aliases = directory / GRAPH, directory / DATA, aliases or {}
     places: dict[str, tuple[int, int]] = {}
+    tensors = {str(value.name): value.const_value for value in model.graph.initializers.values() if value.const_value}
+    outside = {name: tensor for name, tensor in tensors.items() if tensor.nbytes > INLINE_BYTES}
+    stored = [name for name in outside if name not in aliases]
     with data.open("wb") as file:
-        for value in sorted(model.graph.initializers.values(), key=lambda value: str(value.name) in aliases):
-            name, tensor = str(value.name), value.const_value
-            assert tensor is not None
-            if tensor.nbytes <= INLINE_BYTES:
-                continue
-            places[name] = places[aliases[name]] if name in aliases else _append(file, tensor)
-            offset, length = places[name]
-            value.const_value = ir.ExternalTensor(
-                DATA, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=directory
-            )
+        for name, content in zip(stored, in_order(lambda name: _content(outside[name]), stored), strict=True):
+            places[name] = _append(file, content)
+    for name, tensor in outside.items():
+        offset, length = places[aliases.get(name, name)]
+        model.graph.initializers[name].const_value = ir.ExternalTensor(
+            DATA, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name, base_dir=directory
+        )
     ir.save(model, path)
     onnx.checker.check_model(str(path))
     for written in (path, data):
@@ -56,9 +59,13 @@ def save_graph(model: ir.Model, directory: Path, *, aliases: Mapping[str, str] |
     return path
 
 
-def _append(file: BinaryIO, tensor: ir.TensorProtocol) -> tuple[int, int]:
+def _content(tensor: ir.TensorProtocol) -> memoryview:
+    """The bytes of a tensor, without a copy of what is in order already."""
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
+
+
+def _append(file: BinaryIO, content: memoryview) -> tuple[int, int]:
     """Write the bytes of a tensor; where they begin, and how many they are."""
-    content = tensor.tobytes()
     file.write(bytes(-file.tell() % (PAGE if len(content) >= PAGE else 64)))
     offset = file.tell()
     file.write(content)

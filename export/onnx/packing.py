@@ -104,12 +104,27 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What the manifest says of one weight."""
+
+    name: str
+    digest: str
+    """Of what the file must give back."""
+    kept: str
+    """`exact`, or what was lost."""
+    lost: str
+    """Why it has another width than was asked for; empty where it has that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
     """How a matrix is stored."""
 
     width: str
     packed: Packed | None
     """None at fp32, fp16 and bf16."""
+    records: tuple[Record, ...]
+    """Of the weights that it joins."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,8 +159,10 @@ class Packer:
                 raise broken_graph(name, "no such weight")
         return {name: self.met[name] for name in self.source.lattice}
 
-    def store(self, names: Sequence[str], *, packable: bool = True) -> Stored:
+    def prepare(self, names: Sequence[str], *, packable: bool = True) -> Stored:
         """Lay out the matrix that joins these weights by rows, at the narrowest width that holds all of them.
+
+        Nothing is recorded yet, so that several may be laid out at a time.
 
         Args:
             names: of the checkpoint; one name most of the time.
@@ -160,20 +177,20 @@ class Packer:
             if not reason:
                 break
             lost = lost or reason
-        for index, part in enumerate(parts):
-            values = part.weight if width == "fp32" else _half(part.weight, width)
-            if packed is not None:
-                values = packed.lattices[index].dequantize()
-            self._record(part, width, values, lost)
-        return Stored(width=width, packed=packed)
+        records = [
+            _record(part, width, None if packed is None else packed.lattices[index], lost)
+            for index, part in enumerate(parts)
+        ]
+        return Stored(width=width, packed=packed, records=tuple(records))
 
-    def _record(self, part: Part, width: str, values: np.ndarray, lost: str) -> None:
-        self.digests[part.name] = digest(values)
-        right = part.weight if part.lattice is None else part.lattice.dequantize()
-        exact = width == "fp32" or np.array_equal(values, right)
-        self.met[part.name] = "exact" if exact else f"rounded to {width}"
-        if lost:
-            self.fallbacks.append(Fallback(part.name, width, lost))
+    def keep(self, stored: Stored) -> Stored:
+        """Record what was prepared, and give it back."""
+        for record in stored.records:
+            self.digests[record.name] = record.digest
+            self.met[record.name] = record.kept
+            if record.lost:
+                self.fallbacks.append(Fallback(record.name, stored.width, record.lost))
+        return stored
 
     def _asked(self, name: str) -> tuple[str, str]:
         """The width to try first; and why that one, where it is another than the manifest names for such a weight."""
@@ -221,6 +238,19 @@ def pack_at(parts: Sequence[Part], width: str, *, own_head: bool = False) -> tup
         if not reason:
             return _joined(layout, lattices, columns), ""
     return None, reason
+
+
+def _record(part: Part, width: str, packed: LatticeTensor | None, lost: str) -> Record:
+    """Args: as they are stored; `packed` is what of the part became codes."""
+    if packed is not None:
+        values = packed.dequantize()
+    else:
+        values = part.weight if width == "fp32" else _half(part.weight, width)
+    own = packed is not None and packed is part.lattice
+    right = part.weight if part.lattice is None or own else part.lattice.dequantize()
+    exact = own or width == "fp32" or np.array_equal(values, right)
+    kept = "exact" if exact else f"rounded to {width}"
+    return Record(name=part.name, digest=digest(values), kept=kept, lost=lost)
 
 
 def _joined(layout: MatMulNBits, lattices: tuple[LatticeTensor, ...], columns: int) -> Packed:

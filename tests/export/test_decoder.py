@@ -127,8 +127,8 @@ def test_settings_of_a_family_are_honoured(family: str, changes: dict[str, Any],
     assert graph.worst([40, *[1] * (LENGTH - 40)]) < 1e-5
 
 
-def test_weights_are_read_one_at_a_time(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None while the graph is written down, and none twice or kept when it is saved."""
+def test_few_weights_are_in_memory(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None while the graph is written down; none twice when it is saved, and no more than two ahead."""
     read: list[str] = []
     alive: list[weakref.ref[np.ndarray]] = []
     most = 0
@@ -148,7 +148,7 @@ def test_weights_are_read_one_at_a_time(tiny_model: Models, tmp_path: Path, monk
     assert read == []
     save_graph(model, tmp_path)
     assert sorted(read) == source.names
-    assert most <= 2
+    assert most <= 4  # one is being written, two wait, one is being read
 
 
 def test_the_table_of_families_is_the_one_of_the_tests() -> None:
