@@ -135,6 +135,7 @@ def main() -> None:
             print(f"{'done' if places.result(job).exists() else '    '}  {job.name:28} {job.row.what}")
         return
     places.results.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run in progress stops, too
     fine = arguments.table or work_off(queue, places, arguments)
     import quality_table
 
