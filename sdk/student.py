@@ -44,6 +44,9 @@ class PresetStudentConfig(BaseModel):
     intermediate_size: int | None = Field(default=None, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
     tie_word_embeddings: bool = True
+    sub_norm: bool = False
+    """Norms before o_proj and down_proj as well (SubLN, arXiv 2210.06423), which ternary training gains from: the
+    architecture is then transformers' BitNet, with SiLU."""
 
     def sizes(self) -> dict[str, int]:
         """The preset's sizes with the recipe's own put over them."""
@@ -62,6 +65,7 @@ class PresetStudentConfig(BaseModel):
         hidden, intermediate = size["hidden_size"], size["intermediate_size"]
         key_value = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
         layer = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * intermediate + 2 * hidden
+        layer += (hidden + intermediate) if self.sub_norm else 0
         embeddings = vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return embeddings + size["num_hidden_layers"] * layer + hidden
 
@@ -92,9 +96,13 @@ StudentConfig = Annotated[
 def build_preset(
     config: PresetStudentConfig, *, vocab_size: int, max_position_embeddings: int, bos: int, eos: int, seed: int
 ) -> PreTrainedModel:
-    """A new Llama with Hugging Face's own initialisation (normal, 0.02), reproducible from `seed`."""
+    """A new Llama with Hugging Face's own initialisation (normal, 0.02), reproducible from `seed`.
+
+    With `sub_norm` a BitNet that is a Llama but for its two further norms; it has no `quantization_config`, so that
+    transformers leaves its weights alone.
+    """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
@@ -109,6 +117,8 @@ def build_preset(
         "pad_token_id": None,
         "attn_implementation": "sdpa",
     }
+    if config.sub_norm:
+        return BitNetForCausalLM(BitNetConfig(**settings, hidden_act="silu"))
     return LlamaForCausalLM(LlamaConfig(**settings))
 
 

@@ -15,6 +15,7 @@ from edgewright.export.gguf.file import GgufFile, open_gguf
 from edgewright.export.source import Source
 
 NAMES = {
+    "bitnet": gguf.MODEL_ARCH.BITNET,
     "llama": gguf.MODEL_ARCH.LLAMA,
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
@@ -28,6 +29,9 @@ NAMES = {
     "gpt2": gguf.MODEL_ARCH.GPT2,
 }
 """The package's table of names for each `model_type`."""
+
+OLDER_NAMES = {"attn_sub_norm": "inner_attn_ln", "ffn_sub_norm": "ffn_layernorm"}
+"""What the package's tables call weights that transformers has renamed since."""
 
 NEIGHBOURS = frozenset({"llama", "granite_swa", "smollm3"})
 """The graphs whose rotary positions turn neighbouring rows, where a checkpoint has halves of a head."""
@@ -52,7 +56,8 @@ def read_weights(path: Path, source: Source) -> Iterator[tuple[str, np.ndarray]]
     arch = str(file.settings["general.architecture"])
     table = gguf.get_tensor_name_map(NAMES[source.config["model_type"]], source.config["num_hidden_layers"])
     for name in source.names:
-        target = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        known = ".".join(OLDER_NAMES.get(part, part) for part in name.split("."))
+        target = table.get_name(known, try_suffixes=(".weight", ".bias"))
         parts = _parts(target, apart=arch == "granite_swa" and source.config["model_type"] == "phi3")
         if parts and all(part in file.tensors for part in parts):
             values = np.concatenate([_in_checkpoint_order(file, part, arch) for part in parts])

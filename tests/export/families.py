@@ -112,6 +112,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3-window": ("Phi3ForCausalLM", {**_LLAMA, "pad_token_id": 0, "sliding_window": WINDOW}),
     "smollm3": ("SmolLM3ForCausalLM", {**_LLAMA, "num_hidden_layers": 4, "pad_token_id": 0}),
+    "bitnet": ("BitNetForCausalLM", {**_LLAMA, "hidden_act": "silu", "tie_word_embeddings": True}),
     "gpt2": ("GPT2LMHeadModel", _GPT2),
     "opt": (
         "OPTForCausalLM",

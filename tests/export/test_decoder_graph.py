@@ -92,7 +92,7 @@ def graph_of(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
     return of
 
 
-NEVER_WRITTEN = ("gpt2", "opt", "phi3-longrope")
+NEVER_WRITTEN = ("bitnet", "gpt2", "opt", "phi3-longrope")
 FAST = (("qwen3", "traced"), ("gpt2", "chosen"))
 """Of what is traced, which takes seconds, what is looked at every time: tied, with wide heads and grouped keys; and
 transposed weights with biases and learned positions."""

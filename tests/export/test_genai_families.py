@@ -25,7 +25,7 @@ pytest.importorskip("onnxruntime_genai")
 
 Models = Callable[[str], Path]
 
-TRACED = ("gpt2", "opt")
+TRACED = ("bitnet", "gpt2", "opt")
 REFUSED = {"phi3-longrope": "EW-547"}
 WRITTEN = tuple(family for family in FAMILIES if family not in (*TRACED, *REFUSED))
 FAST = ("phi", "gpt2")

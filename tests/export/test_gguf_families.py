@@ -175,6 +175,9 @@ def test_families_without_a_graph_are_refused_by_name(tiny_model, tmp_path, fami
     ("family", "changes", "named"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("bitnet", {"hidden_act": "relu2"}, "hidden_act"),
+        ("bitnet", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("bitnet", {"attention_bias": True}, "k_proj.bias"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
         (
             "llama-yarn",

@@ -78,17 +78,23 @@ def test_a_wrong_recipe_is_not_opened_any_further(folder: Path) -> None:
         look(folder, "seed=x")
 
 
-def test_parameters_of_a_preset_are_those_of_the_model(folder: Path) -> None:
-
-    from edgewright.recipe import load_recipe
+@pytest.mark.parametrize("more", ["", ", sub_norm: true, num_key_value_heads: 2"])
+def test_parameters_and_layers_of_a_preset_are_those_of_the_model(folder: Path, more: str) -> None:
+    from edgewright.exactness import preset_shapes edgewright.recipe import load_recipe
     from edgewright.student import build_preset
 
-    overrides = ["stages.small.student={type: preset, preset: llama-1m}", "stages.small.objective={type: next_token}"]
+    overrides = [
+        f"stages.small.student={{type: preset, preset: llama-1m{more}}}",
+        "stages.small.objective={type: next_token}",
+    ]
     report = look(folder, *overrides)
     student = load_recipe(folder / "recipe.yaml", overrides).stages[0].student
     vocab_size = json.loads((folder / "model/config.json").read_text())["vocab_size"]
     model = build_preset(student, vocab_size=vocab_size, max_position_embeddings=16, bos=0, eos=0, seed=0)
     assert report.parameters["small"] == sum(parameter.numel() for parameter in model.parameters())
+    layers = {name: tuple(p.shape) for name, p in model.named_parameters() if "proj" in name}
+    assert {f"{name}.weight": shape for name, shape in preset_shapes(student).items()} == layers
+    assert model.config.to_dict().get("quantization_config") is None
 
 
 def test_a_teacher_with_other_tokens_names_the_first_one(folder: Path) -> None:
