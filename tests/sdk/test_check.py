@@ -80,7 +80,8 @@ def test_a_wrong_recipe_is_not_opened_any_further(folder: Path) -> None:
 
 @pytest.mark.parametrize("more", ["", ", sub_norm: true, num_key_value_heads: 2"])
 def test_parameters_and_layers_of_a_preset_are_those_of_the_model(folder: Path, more: str) -> None:
-    from edgewright.exactness import preset_shapes edgewright.recipe import load_recipe
+    from edgewright.exactness import preset_shapes
+    from edgewright.recipe import load_recipe
     from edgewright.student import build_preset
 
     overrides = [
