@@ -23,6 +23,18 @@ class LayerChoice(BaseModel):
     exclude: tuple[str, ...] = ()
     """Linear layers left to others, or in full precision; named alike."""
 
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether what the method leaves is no plain weight, but factors that only some formats hold."""
+        return False
+
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """Refuse a layer, [rows, columns], that the method cannot take, by its name.
+
+        Raises:
+            RecipeError: with the nearest legal value.
+        """
+
     def finished(self) -> str:
         """What is left in the place of a weight when training is over, in a few words."""
         return "plain weights, for every format"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from edgewright.compress.rank import RankChoice
+from edgewright.compress.rank import FACTORS, RankChoice
 from edgewright.compress.restarts import Restarts, check_period, restart
 from edgewright.method import Method, MethodReport, StepContext
 
@@ -43,10 +43,12 @@ class LostConfig(RankChoice, Restarts):
     def build(self) -> Lost:
         return Lost(self)
 
+    @property
+    def keeps_factors(self) -> bool:
+        return not self.merge or self.activation != "none"
+
     def finished(self) -> str:
-        if self.merge and self.activation == "none":
-            return super().finished()
-        return "factors, for formats whose graph is free: onnx, genai, openvino"
+        return FACTORS if self.keeps_factors else super().finished()
 
 
 class Lost(Method):
@@ -80,7 +82,7 @@ class Lost(Method):
         from edgewright.compress.layers import choose
 
         linears = choose(model, self.config, method=self.type)
-        ranks = {name: self.config.rank_of(name, linear) for name, linear in linears.items()}
+        ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
         for name, linear in linears.items():
             layer = self._split(linear, ranks[name])
             model.set_submodule(name, layer)
@@ -122,7 +124,7 @@ class Lost(Method):
         from edgewright.compress.layers import merged, submodules
 
         finished = copy.deepcopy(model)
-        if self.config.merge and self.config.activation == "none":
+        if not self.config.keeps_factors:
             for name, layer in submodules(finished, self._layers).items():
                 finished.set_submodule(name, merged(layer))
         return finished, {}

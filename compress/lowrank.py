@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from edgewright.compress.rank import RankChoice
+from edgewright.compress.rank import FACTORS, RankChoice
 from edgewright.compress.restarts import Restarts, check_period, due, restart
 from edgewright.method import Method, MethodReport, StepContext
 
@@ -65,10 +65,12 @@ class LowRankConfig(RankChoice, Restarts):
     def build(self) -> LowRank:
         return LowRank(self)
 
+    @property
+    def keeps_factors(self) -> bool:
+        return not self.merge or self.activation != "none"
+
     def finished(self) -> str:
-        if self.merge and self.activation == "none":
-            return super().finished()
-        return "factors, for formats whose graph is free: onnx, genai, openvino"
+        return FACTORS if self.keeps_factors else super().finished()
 
 
 class LowRank(Method):
@@ -104,7 +106,7 @@ class LowRank(Method):
         from edgewright.compress.relora import ReLoRALinear
 
         linears = choose(model, self.config, method=self.type)
-        ranks = {name: self.config.rank_of(name, linear) for name, linear in linears.items()}
+        ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
         for name, linear in linears.items():
             if self.config.relora is None:
                 layer = self._factored(linear, ranks[name])
@@ -143,7 +145,7 @@ class LowRank(Method):
         from edgewright.compress.layers import merged, submodules
 
         finished = copy.deepcopy(model)
-        if self.config.merge and self.config.activation == "none":
+        if not self.config.keeps_factors:
             for name, layer in {**submodules(finished, self._layers), **submodules(finished, self._relora)}.items():
                 finished.set_submodule(name, merged(layer))
         return finished, {}

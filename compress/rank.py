@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field, model_validator
 
 from edgewright.compress.choice import LayerChoice
 from edgewright.errors import RecipeError
 
-if TYPE_CHECKING:
-    from torch import nn
+FACTORS = "factors, for formats whose graph is free: onnx, genai, openvino"
+"""What a method leaves that does not merge them."""
 
 
 class RankChoice(LayerChoice):
@@ -27,21 +25,25 @@ class RankChoice(LayerChoice):
             raise ValueError("give exactly one of rank and rank_fraction")
         return self
 
-    def rank_of(self, name: str, linear: nn.Linear) -> int:
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """EW-720: the matrix has no such rank."""
+        self.rank_of(layer, rows, columns)
+
+    def rank_of(self, layer: str, rows: int, columns: int) -> int:
         """The rank of a layer's factors.
 
         Raises:
             RecipeError: EW-720, the matrix has no such rank.
         """
-        most = min(linear.in_features, linear.out_features)
+        most = min(rows, columns)
         if self.rank is None:
             assert self.rank_fraction is not None
             return max(1, round(self.rank_fraction * most))
         if self.rank > most:
             raise RecipeError(
                 "EW-720",
-                f"the rank is above that of the matrix: {name}",
-                expected=f"at most {most} for [{linear.out_features}, {linear.in_features}]",
+                f"the rank is above that of the matrix: {layer}",
+                expected=f"at most {most} for [{rows}, {columns}]",
                 found=self.rank,
                 fix=f"rank: {most}, a rank_fraction, or leave the layer to others with exclude",
             )

@@ -64,7 +64,7 @@ class SLTrain(Method):
         from edgewright.compress.sparse_lowrank import SparseLowRankLinear
 
         linears = choose(model, self.config, method=self.type)
-        ranks = {name: self.config.rank_of(name, linear) for name, linear in linears.items()}
+        ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
         for name, linear in linears.items():
             layer = SparseLowRankLinear(
                 linear, rank=ranks[name], scale=self.config.alpha / ranks[name], density=self.config.density

@@ -16,6 +16,7 @@ from edgewright._verbs import VerbModule
 from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
 from edgewright.exactness import (
     Shapes,
+    check_layers,
     checkpoint_shapes,
     count_parameters,
     held_by,
@@ -200,6 +201,7 @@ class _Checker:
         steps = stage.budget.steps(stage.training.tokens_per_step(self.recipe.data.sequence_length))
         for method in stage.methods:
             method.build().check_run(steps)
+        check_layers(stage, self._shapes(stage.student))
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
         yield f"{size}, {methods}, {stage.objective.type}"
         for owner, role, config in self._taught():

@@ -82,6 +82,18 @@ def trained_lattices(stage: StageConfig, shapes: Shapes) -> dict[str, LatticeTen
     return found
 
 
+def check_layers(stage: StageConfig, shapes: Shapes) -> None:
+    """Refuse a stage whose methods cannot take a layer that they would get.
+
+    Raises:
+        RecipeError: what `LayerChoice.check_layer` raises, by the layer's name.
+    """
+    for method in stage.methods:
+        for layer, (rows, columns) in shapes.items():
+            if _asked(method, layer):
+                method.check_layer(layer, rows, columns)
+
+
 def _asked(method: LayerChoice, layer: str) -> bool:
     asked = not method.layers or any(named(pattern, layer) for pattern in method.layers)
     return asked and not any(named(pattern, layer) for pattern in method.exclude)

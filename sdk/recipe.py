@@ -30,7 +30,7 @@ from edgewright.objective import NextTokenConfig
 from edgewright.optim.adamw import AdamWConfig
 from edgewright.overrides import apply_overrides
 from edgewright.recipe_errors import NAME_PATTERN, problems, untagged
-from edgewright.recipe_rules import check_rules
+from edgewright.recipe_rules import check_factors, check_rules
 from edgewright.schedule import CosineConfig, ScheduleConfig
 from edgewright.student import StudentConfig
 from edgewright.training import BudgetConfig, TrainingConfig
@@ -205,6 +205,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         found += problems(error, Recipe, tree)
+    if recipe is not None and not found:
+        found += check_factors(recipe)
     if found or recipe is None:
         raise RecipeErrors(_positioned(path, document, origins, found))
     return recipe

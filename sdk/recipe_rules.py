@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgewright.export.targets import TARGETS
 from edgewright.recipe_errors import did_you_mean, dotted, show
 from edgewright.recipe_shape import at
 from edgewright.yaml_positions import Path as TreePath
 from edgewright.yaml_positions import Problem, Tree
+
+if TYPE_CHECKING:
+    from edgewright.recipe import Recipe, StageConfig
 
 
 def check_rules(
@@ -38,6 +41,34 @@ def check_rules(
     for index, stage in enumerate(_sections(tree, "stages")):
         found += _methods(stage, ("stages", index))
     return found
+
+
+PLAIN_ONLY = frozenset({"gguf", "hf"})
+"""The targets that know plain linear layers alone."""
+
+
+def check_factors(recipe: Recipe) -> Iterator[Problem]:
+    """Exports of factors to a target that cannot hold them (EW-724); only a whole recipe says what a stage leaves."""
+    for index, export in enumerate(recipe.exports):
+        stage = recipe.stage(export.model)
+        method = None if stage is None else _keeper(recipe, stage)
+        if method is None or export.to not in PLAIN_ONLY:
+            continue
+        yield Problem(
+            code="EW-724",
+            what=f"{export.to} cannot hold the factors that stage {export.model} will have",
+            path=("exports", index, "to"),
+            expected=" | ".join(sorted(TARGETS.keys() - PLAIN_ONLY)),
+            found=f"{export.to}, and the method {method} keeps its factors",
+            fix="export to one of these, or set activation: none (and merge: true) in the method",
+        )
+
+
+def _keeper(recipe: Recipe, stage: StageConfig) -> str | None:
+    """The method whose factors are there when a stage has ended: one of its own, or of the stage it began from."""
+    own = next((method.type for method in stage.methods if method.keeps_factors), None)
+    before = recipe.stage(stage.student.stage) if stage.student.type == "stage" else None
+    return own or (None if before is None else _keeper(recipe, before))
 
 
 def _sections(tree: Tree, key: str) -> list[dict[str, Any]]:
