@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 GRADIENT_STEPS = 4
 """Steps over which the dense gradient is summed before it decides what grows: one batch alone is mostly noise."""
+FEWEST_PRUNINGS = 20
+"""In a run too short for that many at 100 steps each, updates follow each other faster; fewer than in plain pruning,
+because what has grown needs time to be worth more than what is pruned."""
 
 
 class GranetConfig(LayerChoice):
@@ -40,7 +43,7 @@ class GranetConfig(LayerChoice):
     end: float = Field(default=0.5, gt=0, le=1)
     """Share of the steps at the end of pruning; dropping and growing go on to the end of the run."""
     update_every: int | None = Field(default=None, gt=0)
-    """Steps between two updates; null: 100, or fewer in a run too short for 50 prunings."""
+    """Steps between two updates; null: 100, or fewer in a run too short for 20 prunings."""
     drop: float = Field(default=0.5, ge=0, lt=1)
     """Share of a layer's used weights that an update drops and grows anew, at the start of the run."""
     final_drop: float = Field(default=0.005, ge=0, lt=1)
@@ -67,7 +70,7 @@ class GranetConfig(LayerChoice):
         Raises:
             RecipeError: EW-728, that does not fit into the run.
         """
-        every = self.update_every or steps_between((self.end - self.start) * total_steps)
+        every = self.update_every or steps_between((self.end - self.start) * total_steps, FEWEST_PRUNINGS)
         first, last = self._times(every, total_steps)
         if first > last:
             shorter = range(min(every - 1, total_steps), 0, -1)

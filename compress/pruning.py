@@ -140,9 +140,9 @@ def _times(phases: Phases, every: int, total_steps: int) -> tuple[int, int] | No
     return (first, last) if 0 < first < last else None
 
 
-def steps_between(duration: float) -> int:
-    """Steps between two prunings of a phase: `PRUNE_EVERY`, or so few that there are `FEWEST_PRUNINGS`."""
-    return max(1, min(PRUNE_EVERY, int(duration / FEWEST_PRUNINGS)))
+def steps_between(duration: float, fewest: int = FEWEST_PRUNINGS) -> int:
+    """Steps between two prunings of a phase: `PRUNE_EVERY`, or so few that there are `fewest` of them."""
+    return max(1, min(PRUNE_EVERY, int(duration / fewest)))
 
 
 def does_not_fit(setting: str, every: int, legal: int | None, total_steps: int) -> RecipeError:

@@ -150,6 +150,8 @@ def _section(config: type[BaseModel]) -> Entry:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
     return value if isinstance(value, str | int | float | bool | list | tuple | None) else None
 
 

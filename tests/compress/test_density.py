@@ -134,6 +134,7 @@ def test_a_cubic_curve_has_exact_ends_and_is_fast_at_first():
 def test_short_runs_prune_more_often():
     assert steps_between(34_700) == PRUNE_EVERY
     assert steps_between(500) == 10
+    assert steps_between(500, fewest=20) == 25
     assert steps_between(3) == 1
 
 
