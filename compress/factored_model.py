@@ -45,11 +45,12 @@ def put_factors(model: nn.Module, layers: Mapping[str, FactoredLayer]) -> None:
         model.set_submodule(name, _empty(name, linear, described))
 
 
-def load_factored(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_factored(directory: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Open a directory that `mark` marked; the guard has passed it.
 
     Args:
         dtype: of the weights.
+        attention: transformers' `attn_implementation`.
 
     Raises:
         BadInput: EW-722, the section does not fit the model; EW-324, weights are missing or too many.
@@ -58,7 +59,7 @@ def load_factored(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     from edgewright.export.architecture import open_config
 
-    model = empty_model(open_config(directory), dtype)
+    model = empty_model(open_config(directory), dtype, attention)
     put_factors(model, factored_layers(read_json(directory / "config.json")))
     weights = _read(directory, dtype)
     _check_complete(model, weights, directory)
@@ -79,13 +80,19 @@ def _read(directory: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @no_collection()
-def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The plain model of a configuration; its parameters have shapes and no memory, its buffers their values."""
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The plain model of a configuration; its parameters have shapes and no memory, its buffers their values.
+
+    Args:
+        config: what to build.
+        dtype: of the parameters.
+        attention: transformers' `attn_implementation`; None leaves the choice to it.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return model
 
 

@@ -153,20 +153,20 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgewright.compress.factor_format import is_marked
+    from edgewright.compress.factor_format import is_marked, unmarked
     from edgewright.compress.factored_model import load_factored
     from edgewright.export.guard import check_model_directory, read_json
 
     check_model_directory(directory)
     config = read_json(directory / "config.json")
+    attention = "eager" if unmarked(config).get("model_type") in WITHOUT_SDPA else "sdpa"
     if is_marked(config):
-        return load_factored(directory, dtype or torch.float32)
-    kind = config.get("model_type")
+        return load_factored(directory, dtype or torch.float32, attention)
     with without_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype or torch.float32,
-            attn_implementation="eager" if kind in WITHOUT_SDPA else "sdpa",
+            attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
