@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
         dest="scale",
         action="store_const",
         const="gpu",
-        help="54M parameters; bring a large corpus with --data",
+        help="58.7M parameters; bring a large corpus with --data",
     )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=[row.name for row in ROWS])
