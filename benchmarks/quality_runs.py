@@ -105,7 +105,7 @@ SCALES = {
         rates=(2e-3, 4e-3),
         rank=76,
         lost_rank=64,
-        restart_every=20,
+        restart_every=12,
         judged_tokens=4_000,
         tokens_per_parameter=0.05,
     ),
