@@ -290,6 +290,8 @@ ROWS = (
         name="ternary-distilled", what="ternary, taught by the dense run", rate_of="ternary", core=True,
         stages=plain(ternary(), teacher="dense"), files=TERNARY_FILES,
     ),
+    Row(name="narrow-5of8", what="dense, 5/8 of the width", core=True, stages=plain(width=5 / 8), files=SMALL_FILES),
+    Row(name="narrow-3of4", what="dense, 3/4 of the width", core=True, stages=plain(width=3 / 4), files=SMALL_FILES),
     Row(
         name="lowrank-restarts", what="low rank, refactorization + reset every 200 steps", core=True,
         stages=restarted, factors=(1.0, 2.0), files=PLAIN_FILES,
@@ -297,8 +299,6 @@ ROWS = (
     Row(name="lowrank", what="low rank, plain", rate_of="lowrank-restarts", core=True, stages=lowrank()),
     Row(name="lost", what="LOST", rate_of="lowrank-restarts", core=True, stages=lost, files=FACTOR_FILES),
     Row(name="sparse-50", what="gradual pruning to 50 %", control="compute", core=True, stages=gradual(0.5)),
-    Row(name="narrow-5of8", what="dense, 5/8 of the width", core=True, stages=plain(width=5 / 8), files=SMALL_FILES),
-    Row(name="narrow-3of4", what="dense, 3/4 of the width", core=True, stages=plain(width=3 / 4), files=SMALL_FILES),
     Row(name="spdf-75", what="static 75 % sparse, then 10 % dense", core=True, stages=spdf),
     Row(
         name="sparse-75", what="gradual pruning to 75 % sparse", control="compute", core=True, stages=gradual(0.25),
