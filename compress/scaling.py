@@ -116,7 +116,7 @@ def _descend(start: Tensor, n: Tensor, d: Tensor, loss: Tensor) -> Tensor:
     def closure() -> Tensor:
         optimizer.zero_grad()
         misfit = _misfit(constants, n, d, loss) / HUBER**2
-        misfit.backward()  # type: ignore[no-untyped-call]
+        misfit.backward()
         return misfit
 
     optimizer.step(closure)

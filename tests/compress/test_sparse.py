@@ -10,7 +10,7 @@ from methods import Loop, logits, prepared, small_model, tokens
 from torch import nn
 
 from edgewright.compress.layers import CompressedLinear
-from edgewright.compress.masked import MaskedLinear, largest
+from edgewright.compress.masked import MaskedLinear, largest, magnitude_masks
 from edgewright.compress.semi_structured import SemiStructuredLinear, has_pattern, two_of_four, use_sparse_kernels
 from edgewright.compress.sparse import GradualMask, SparseConfig, StaticMask, TwoOfFourMask
 from edgewright.errors import RecipeError
@@ -182,6 +182,17 @@ def test_pruning_is_global_by_magnitude_but_for_the_floor():
     )
     assert pruned <= kept
     assert method.describe(model).numbers["min_density"] == pytest.approx(0.1, abs=1e-4)
+
+
+def test_pruning_takes_nothing_back_even_where_used_weights_are_zero():
+    torch.manual_seed(0)
+    layers = {name: MaskedLinear(nn.Linear(8, 8), "sparse") for name in ("a", "b")}
+    for layer in layers.values():
+        layer.mask[:, 4:] = False
+        layer.weight.detach().zero_()
+    masks = magnitude_masks(layers, 0.4, floor=0.5)
+    assert not any((masks[name] & ~layer.mask).any() for name, layer in layers.items())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.4 * 128)
 
 
 def test_a_floor_of_one_prunes_every_layer_alike():
