@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgewright.errors import BadInput
@@ -47,6 +48,22 @@ class FactoredLayer(BaseModel):
         elif len(self.columns) % 2 or not re.fullmatch("[0-9a-f]*[1-9a-f][0-9a-f]*", self.columns):
             raise ValueError("columns are hexadecimal bytes, not all of them 0")
         return self
+
+    def places(self, width: int) -> np.ndarray:
+        """The numbers of the columns, int32, ascending; empty where there are none.
+
+        Args:
+            width: inputs of the layer.
+
+        Raises:
+            ValueError: there are not as many bits as inputs.
+        """
+        if self.columns is None:
+            return np.empty(0, np.int32)
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(self.columns), np.uint8))
+        if len(bits) != -(-width // 8) * 8 or bits[width:].any():
+            raise ValueError(f"{len(bits)} bits of columns for {width} inputs")
+        return np.flatnonzero(bits).astype(np.int32)
 
 
 class FactorSection(BaseModel):

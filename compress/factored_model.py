@@ -114,24 +114,19 @@ def _empty(name: str, linear: nn.Linear, described: FactoredLayer) -> FactoredLi
     def matrix(rows: int, columns: int) -> Tensor:
         return torch.empty(rows, columns, dtype=linear.weight.dtype, device=linear.weight.device)
 
-    index = None if described.columns is None else _index(name, described.columns, linear.in_features)
+    try:
+        index = torch.from_numpy(described.places(linear.in_features))
+    except ValueError as error:
+        raise _unfit(name, str(error)) from None
     return FactoredLinear(
         Factors(up=matrix(linear.out_features, described.rank), down=matrix(described.rank, linear.in_features)),
         bias=linear.bias,
         activation=described.activation,
-        columns=None if index is None else matrix(linear.out_features, len(index)),
+        columns=matrix(linear.out_features, len(index)) if len(index) else None,
         index=index,
         mix=described.mix,
         method=described.method,
     )
-
-
-def _index(name: str, columns: str, width: int) -> Tensor:
-    """The places of the bits that are set."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(columns), np.uint8))
-    if len(bits) != -(-width // 8) * 8 or bits[width:].any():
-        raise _unfit(name, f"{len(bits)} bits of columns for {width} inputs")
-    return torch.from_numpy(np.flatnonzero(bits).astype(np.int32))
 
 
 def _check_complete(model: PreTrainedModel, weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -171,8 +171,6 @@ class Decoder:
 
 def describe(source: Source) -> Decoder | None:
     """The decoder that a checkpoint is; None where something in its configuration is not known here."""
-    if source.architecture.factors:
-        return None
     config = open_config(source.directory)
     family = FAMILIES.get(config.model_type)
     if family is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from edgewright.compress.factor_format import FactoredLayer
 from edgewright.export.onnx.attention import Attention
 from edgewright.export.onnx.decoder import Decoder
 from edgewright.export.onnx.nodes import Nodes
@@ -101,7 +102,7 @@ class _Writing:
             made = self._activated(self._linear(read, prefix + family.mlp_in[0]))
             return self._linear(made, prefix + family.mlp_out)
         modules = [prefix + name for name in family.mlp_in]
-        width = sum(self._source.shape(f"{module}.weight")[0] for module in modules) // 2
+        width = sum(map(self._rows, modules)) // 2
         gate, up = self._linears(read, modules, [width, width])
         return self._linear(self._nodes.op("Mul", self._activated(gate), up), prefix + family.mlp_out)
 
@@ -110,7 +111,7 @@ class _Writing:
 
     def _linears(self, value: ir.Value, modules: Sequence[str], sizes: Sequence[int]) -> Sequence[ir.Value]:
         """The outputs of linear layers of these sizes; or the parts of the output of the one that joins them."""
-        rows = [self._source.shape(f"{module}.weight")[0] for module in modules]
+        rows = [self._rows(module) for module in modules]
         if sum(rows) != sum(sizes):
             raise broken_graph(f"{modules[0]}.weight", f"{sum(rows)} rows, where heads and widths make {sum(sizes)}")
         if len(modules) == len(sizes):
@@ -120,10 +121,36 @@ class _Writing:
         return self._nodes.ops("Split", joined, split, attributes={"axis": -1}, count=len(sizes))
 
     def _linear(self, value: ir.Value, module: str) -> ir.Value:
-        nodes, weight, bias = self._nodes, f"{module}.weight", f"{module}.bias"
-        dims = self._dims(self._source.shape(weight)[0])
-        product = nodes.op("MatMul", value, nodes.weight(weight, turned=True), dims=dims)
+        nodes, bias = self._nodes, f"{module}.bias"
+        layer = self._source.architecture.factors.get(module)
+        product = self._product(value, module) if layer is None else self._factored(value, module, layer)
+        dims = self._dims(self._rows(module))
         return nodes.op("Add", product, nodes.weight(bias), dims=dims) if nodes.has(bias) else product
+
+    def _product(self, value: ir.Value, module: str) -> ir.Value:
+        weight = f"{module}.weight"
+        dims = self._dims(self._source.shape(weight)[0])
+        return self._nodes.op("MatMul", value, self._nodes.weight(weight, turned=True), dims=dims)
+
+    def _factored(self, value: ir.Value, module: str, layer: FactoredLayer) -> ir.Value:
+        """mix * B act(A x) + (1 - mix) * S x[columns]: what `compress.factors.FactoredLinear` computes."""
+        nodes, down = self._nodes, f"{module}.down"
+        inner = _BETWEEN[layer.activation](nodes, self._product(value, down))
+        made = self._product(inner, f"{module}.up")
+        if layer.columns is None:
+            return made
+        places = layer.places(self._source.shape(f"{down}.weight")[1])
+        index = nodes.constant(places, f"{module}.places")
+        picked = nodes.op("Gather", value, index, attributes={"axis": -1}, dims=self._dims(len(places)))
+        beside = nodes.op("Mul", self._product(picked, f"{module}.columns"), nodes.scalar(1 - layer.mix))
+        return nodes.op(
+            "Add", nodes.op("Mul", made, nodes.scalar(layer.mix)), beside, dims=self._dims(self._rows(module))
+        )
+
+    def _rows(self, module: str) -> int:
+        """Outputs of a linear layer."""
+        last = f"{module}.up" if module in self._source.architecture.factors else module
+        return self._source.shape(f"{last}.weight")[0]
 
     def _head_norm(self, value: ir.Value, module: str, heads: int) -> ir.Value:
         """The norm of each head of queries or keys, where the checkpoint has one."""
@@ -179,3 +206,6 @@ _ACTIVATIONS: dict[str, Callable[[Nodes, ir.Value], ir.Value]] = {
     "relu": _relu,
 }
 """By the name in transformers; the keys are `decoder.ACTIVATIONS`."""
+
+_BETWEEN: dict[str, Callable[[Nodes, ir.Value], ir.Value]] = {"none": lambda nodes, value: value, "silu": _silu}
+"""What lies between two factors, by its name in `compress.factors.ACTIVATIONS`."""
