@@ -185,3 +185,59 @@ def test_training_moves_the_codes(model):
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
     assert not torch.equal(layer.round()[0], before)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "named"),
+    [
+        ("Qwen2", {}, r"self_attn\.o_proj|mlp\.down_proj"),
+        ("BitNet", {"hidden_act": "silu"}, r"mlp\.down_proj"),
+        ("Llama", {}, r"lm_head"),
+    ],
+)
+def test_an_architecture_without_a_place_for_the_bias_is_refused_by_name(family, settings, named):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, **settings,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(RecipeError, match=rf"({named})[\s\S]*EW-732"):
+        TernaryConfig(quantizer="tequila", head=family == "Llama").build().prepare(model)
+    if family == "BitNet":
+        TernaryConfig(quantizer="tequila", layers=("q_proj",)).build().prepare(model)
+
+
+def test_biases_that_are_there_stay_and_others_of_the_kind_are_zero():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+            attention_bias=True,
+        )
+    )  # fmt: skip
+    attention = model.model.layers[0].self_attn
+    nn.init.normal_(attention.q_proj.bias)
+    own = attention.q_proj.bias.detach().clone()
+    method = TernaryConfig(quantizer="tequila", layers=("q_proj", "up_proj"), dead_bias=0.1).build()
+    method.prepare(model)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        plain, _ = method.finish(model)
+        torch.testing.assert_close(plain(tokens).logits, model(tokens).logits)
+    assert plain.config.mlp_bias is True and model.config.mlp_bias is False
+    layer = plain.model.layers[0]
+    dead = (attention.q_proj.round()[0] == 0) * attention.q_proj.weight.detach()
+    torch.testing.assert_close(layer.self_attn.q_proj.bias.detach(), own + 0.1 * dead.sum(1))
+    assert layer.mlp.up_proj.bias.abs().max() > 0
+    assert torch.count_nonzero(layer.mlp.gate_proj.bias) == torch.count_nonzero(layer.mlp.down_proj.bias) == 0
+
+
+def test_groups_of_four_must_fit_the_rows():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=98, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(RecipeError, match=r"mlp\.down_proj[\s\S]*98 columns to be a multiple of 4"):
+        TernaryConfig(quantizer="sherry").build().prepare(model)
