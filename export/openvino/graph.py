@@ -51,7 +51,7 @@ def dense(values: np.ndarray, name: str) -> Any:
     return node
 
 
-# ---------------------------------------------------------------- weights in the traced graph
+# ---------------------------------------------------------------- weights in the graph
 
 
 def release(model: Any, names: Iterable[str]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def test_a_ternary_token_is_computed_by_the_fast_kernels_alone(ternary_model: Pa
     assert ran["MatMulNBits"] == 2 * 4 + 1 and ran["GroupQueryAttention"] == 2
     assert sum(ran[kind] for kind in FUSED_NORMS) == 2 * 2 + 1 and ran["SkipSimplifiedLayerNormalization"] >= 3
     assert ran["GatherBlockQuantized"] == 1
+    assert ran["Split"] == 2, "gate from up; attention takes queries, keys and values as one"
     unwanted = {"MatMul", "Gemm", "FusedMatMul", "DequantizeLinear", "ReduceMean", "Softmax", "Expand", "Pow"}
     assert not unwanted & set(ran)
     assert {kernel["provider"] for kernel in kernels} == {"CPUExecutionProvider"}

@@ -58,7 +58,7 @@ QUICK = {
     ("ternary per row", "genai", "ternary"),
     ("int4 per 32", "openvino", "int4"),
 }
-"""Of the targets that trace the model, which takes seconds, what is looked at every time."""
+"""Of the targets whose packages take seconds to load, what is looked at every time."""
 CASES = [
     pytest.param(
         kind, to, quant, marks=[] if to in ("gguf", "hf") or (kind, to, quant) in QUICK else [pytest.mark.slow]
