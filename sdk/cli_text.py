@@ -201,7 +201,8 @@ def _entry(entry: dict[str, Any]) -> list[str]:
         lines += [f"  {width['name']}" + (f"  exact for {width['exact'][0]}" if width["exact"] else "")]
         lines += [f"  {' ' * len(width['name'])}         or {text}" for text in width["exact"][1:]]
     for option in entry.get("options", []):
-        lines.append(f"  {option['name']}" + ("" if option["required"] else f" = {option['default']}"))
+        choices = f"  ({_value(option['choices'])})" if option["choices"] else ""
+        lines.append(f"  {option['name']}" + ("" if option["required"] else f" = {option['default']}") + choices)
     hidden = {"name", "summary", "paper", "widths", "options"}
     lines += [f"  {key}: {_value(value)}" for key, value in entry.items() if key not in hidden]
     return lines

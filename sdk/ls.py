@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -142,11 +142,25 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 def _section(config: type[BaseModel]) -> Entry:
     """A section of a recipe, by the name in its `type`, with its options."""
     options = [
-        {"name": name, "default": _plain(field.get_default(call_default_factory=True)), "required": field.is_required()}
+        {
+            "name": name,
+            "default": _plain(field.get_default(call_default_factory=True)),
+            "required": field.is_required(),
+            "choices": list(_choices(field.annotation)),
+        }
         for name, field in config.model_fields.items()
         if name != "type"
     ]
     return _described(str(config.model_fields["type"].default), config, options=options)
+
+
+def _choices(annotation: Any) -> Iterator[object]:
+    """The values of an option that takes only some; none where it takes any of its kind."""
+    for part in get_args(annotation):
+        if get_origin(annotation) is Literal:
+            yield part
+        else:
+            yield from _choices(part)
 
 
 def _plain(value: object) -> object:

@@ -36,7 +36,9 @@ def weights() -> np.ndarray:
     draw = np.random.default_rng(1)
     ordinary = draw.standard_normal((64, 256)) * 0.02
     subnormal = draw.standard_normal((8, 256)) * 1e-39
-    return np.concatenate([adversarial(16, 256), ordinary, subnormal]).astype(np.float32)
+    halves = (np.arange(512).reshape(2, 256) % 15 - 7.5) / [[8], [64]]
+    halves[0, ::32], halves[1, ::32] = -1, 127 / 64  # scales of 1/8 at 4 bits and 1/64 at 8: all others are ties
+    return np.concatenate([adversarial(16, 256), ordinary, subnormal, halves]).astype(np.float32)
 
 
 @pytest.mark.parametrize(("rule", "block"), [

@@ -32,7 +32,11 @@ def test_methods_have_their_papers_and_the_options_of_the_recipe() -> None:
     ternary = entries("methods")["ternary"]
     assert ternary["paper"] == "arXiv:2402.17764"
     options = {option["name"]: option for option in ternary["options"]}
-    assert options["granularity"] == {"name": "granularity", "default": "row", "required": False}
+    granularities = ["tensor", "row", "group"]
+    assert options["granularity"] == {
+        "name": "granularity", "default": "row", "required": False, "choices": granularities
+    }  # fmt: skip
+    assert "seq_2bit" in options["quantizer"]["choices"] and options["group"]["choices"] == []
     assert "type" not in options
     teacher = {option["name"]: option for option in entries("losses")["distill"]["options"]}["teacher"]
     assert teacher["required"]
