@@ -157,8 +157,8 @@ def floors(sizes: Mapping[str, int], density: float, floor: float) -> dict[str, 
 def magnitude_masks(layers: Mapping[str, MaskedLinear], density: float, floor: float) -> dict[str, Tensor]:
     """Masks that keep the largest weights of all layers together: round(density * weights) of them, exactly.
 
-    Only among those that are used now (if these are fewer, all), so that nothing comes back. Each layer first gets its own largest (`floors`),
-    so that none starves; with `floor` 1 every layer is pruned alike.
+    Only among those that are used now (if these are fewer, all), so that nothing comes back. Each layer first gets its
+    own largest (`floors`), so that none starves; with `floor` 1 every layer is pruned alike.
     """
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     keep = min(round(density * sum(sizes.values())), _total([layer.mask for layer in layers.values()]))
