@@ -28,6 +28,11 @@ class LayerChoice(BaseModel):
         """Whether what the method leaves is no plain weight, but factors that only some formats hold."""
         return False
 
+    @property
+    def starts_anew(self) -> bool:
+        """Whether the method draws new weights, whatever is there: those of a checkpoint would be lost."""
+        return False
+
     def check_layer(self, layer: str, rows: int, columns: int) -> None:
         """Refuse a layer, [rows, columns], that the method cannot take, by its name.
 

@@ -69,6 +69,10 @@ class LowRankConfig(RankChoice, Restarts):
     def keeps_factors(self) -> bool:
         return not self.merge or self.activation != "none"
 
+    @property
+    def starts_anew(self) -> bool:
+        return self.init == "cola"
+
     def finished(self) -> str:
         return FACTORS if self.keeps_factors else super().finished()
 

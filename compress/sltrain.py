@@ -29,6 +29,10 @@ class SLTrainConfig(RankChoice, Restarts):
     init: Literal["random", "spectral"] = "random"
     """random: the paper's, whatever weights are there; spectral: their best approximation, and S what it lacks."""
 
+    @property
+    def starts_anew(self) -> bool:
+        return self.init == "random"
+
     def build(self) -> SLTrain:
         return SLTrain(self)
 

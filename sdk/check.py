@@ -194,6 +194,8 @@ class _Checker:
 
     def _stage(self, stage: StageConfig) -> Iterator[str]:
         """Parameters of the student, then whether everything speaks the data's tokens."""
+        from edgewright.stage import lost_weights
+
         count = self._count(stage.student)
         if count is not None:
             self.parameters[stage.name] = count
@@ -204,6 +206,7 @@ class _Checker:
         check_layers(stage, self._shapes(stage.student))
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
         yield f"{size}, {methods}, {stage.objective.type}"
+        yield from lost_weights(stage)
         for owner, role, config in self._taught():
             if owner is stage and config.type == "checkpoint" and config.model in self.sound:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")

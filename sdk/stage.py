@@ -192,6 +192,8 @@ def _student(
             directory = trained_form(directory.parent)
     if stage.methods and (directory / SIDECAR).exists():
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
+    for note in lost_weights(stage):
+        say(f"note: {note}")
     for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
         say(f"note: {note}")
     model = load_model(directory)
@@ -214,6 +216,18 @@ def _student(
             fix="lower data.sequence_length",
         )
     return model
+
+
+def lost_weights(stage: StageConfig) -> list[str]:
+    """A line for each method that would draw new weights in the place of those that the stage starts from."""
+    if isinstance(stage.student, PresetStudentConfig):
+        return []
+    return [
+        f"{method.type} draws new weights for its layers: those of the {stage.student.type} are not used there; "
+        "init: spectral starts from them"
+        for method in stage.methods
+        if method.starts_anew
+    ]
 
 
 def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:

@@ -224,3 +224,17 @@ def test_an_export_that_cannot_hold_the_factors_is_refused_with_the_recipe(tmp_p
             load_recipe(recipe, [f"stages.base.methods=[{methods}]"])
         assert error.value.code == "EW-724"
         assert "further" in str(error.value)
+
+
+def test_weights_that_a_method_would_not_use_are_spoken_of(tmp_path):
+    recipe = write_recipe(tmp_path)
+    recipe.write_text(recipe.read_text().replace("evaluate: null", STAGES.split("evaluate")[0].strip("\n")))
+
+    def notes(methods):
+        further = f"stages.further.methods=[{methods}]"
+        return [each.found for each in edgewright.check(recipe, further).checks if each.status == "note"]
+
+    assert any("sltrain draws new weights" in note for note in notes("{type: sltrain, rank: 8}"))
+    assert any("lowrank draws new weights" in note for note in notes("{type: lowrank, rank: 8, init: cola}"))
+    assert not notes("{type: sltrain, rank: 8, init: spectral}")
+    assert not notes("{type: lowrank, rank: 8}")
