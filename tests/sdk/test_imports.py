@@ -27,7 +27,7 @@ def test_what_was_loaded_can_still_be_collected():
     assert load() == 1
     assert gc.isenabled() and gc.get_freeze_count() == before
     gc.collect()
-    assert not any(isinstance(each, Loop) for each in gc.get_objects())
+    assert not any(type(each) is Loop for each in gc.get_objects())
 
 
 def test_no_young_generation_is_left_to_search():
