@@ -15,10 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from edgewright.compress.factor_mark import KIND, is_marked
 from edgewright.errors import BadInput
-
-KIND = "edgewright_factors"
-"""The model type, and the name of the section."""
 
 NOTE = (
     "Linear layers of this model are stored as factors, perhaps with an activation between them, so that no matrix "
@@ -83,11 +81,6 @@ def marked(config: Mapping[str, Any], layers: Mapping[str, FactoredLayer]) -> di
     """config.json of a model with these factored layers, from that of the plain one."""
     section = FactorSection(of=config["model_type"], of_architectures=config.get("architectures"), layers=dict(layers))
     return {**config, "model_type": KIND, "architectures": [KIND], KIND: section.model_dump(mode="json")}
-
-
-def is_marked(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that its model has factored layers, by its type or by the section."""
-    return config.get("model_type") == KIND or KIND in config
 
 
 def factored_layers(config: Mapping[str, Any]) -> dict[str, FactoredLayer]:

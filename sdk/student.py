@@ -153,7 +153,8 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgewright.compress.factor_format import is_marked, unmarked
+    from edgewright.compress.factor_format import unmarked
+    from edgewright.compress.factor_mark import is_marked
     from edgewright.compress.factored_model import load_factored
     from edgewright.export.guard import check_model_directory, read_json
 

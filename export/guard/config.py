@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgewright.compress.factor_format import factored_layers
+from edgewright.compress.factor_mark import is_marked
 from edgewright.errors import BadInput, Unsafe
 from edgewright.export.guard.files import open_regular, printable, read_json
 from edgewright.export.guard.template import MAX_TEMPLATE_BYTES, check_template
@@ -57,8 +57,10 @@ def check_configs(directory: Path) -> None:
         if path.is_file():
             value = read_json(path)
             _check_keys(path, value)
-            if name == "config.json":
-                factored_layers(value)
+            if name == "config.json" and is_marked(value):
+                from edgewright.compress.factor_format import read_section
+
+                read_section(value)
             for place, template in _templates(value.get("chat_template")):
                 check_template(path, place, template.encode("utf-8", "surrogatepass"))
     for path in (*directory.glob("*.jinja"), *directory.glob("additional_chat_templates/*.jinja")):

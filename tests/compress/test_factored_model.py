@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import edgewright
-from edgewright.compress.factor_format import KIND, factored_layers, marked, unmarked
+from edgewright.compress.factor_format import factored_layers, marked, unmarked
+from edgewright.compress.factor_mark import KIND
 from edgewright.compress.factored_model import mark
 from edgewright.compress.factors import FactoredLinear
 from edgewright.compress.lost import LostConfig
