@@ -44,7 +44,8 @@ def test_rows_have_the_names_that_scripts_rely_on(fakes: Fakes) -> None:
     report = bench(*fakes("slow"), prompt=8, generate=4, repeats=5, threads=1).to_json()
     assert report["schema_version"] == 1
     assert report["threads"] == 1 and report["machine"]["threads"] == 1  # type: ignore[index]
-    assert (report["prompt"], report["generate"], report["repeats"], report["warnings"]) == (8, 4, 5, [])
+    assert (report["prompt"], report["generate"], report["repeats"]) == (8, 4, 5)
+    assert isinstance(report["warnings"], list)  # of a spread that other work on the machine may cause
     row = report["artifacts"][0]  # type: ignore[index]
     names = (
         "path to quant bytes bits_per_byte kl ttft_ms prompt_tokens_per_s prompt_tokens_per_s_sd tokens_per_s "
