@@ -73,7 +73,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 @no_collection()
 def open_config(directory: Path) -> PretrainedConfig:
-    """config.json as the object that transformers makes of it; where layers are factors, of the model that has them.
+    """config.json as `AutoConfig.from_pretrained` understands it; where layers are factors, of the model that has them.
+
+    Mistral whose layers are of several kinds (`layer_types`) is Ministral, as there.
 
     Raises:
         BadInput: EW-327, transformers does not know such a model, or refuses the values.
@@ -83,8 +85,9 @@ def open_config(directory: Path) -> PretrainedConfig:
     raw = unmarked(read_json(directory / "config.json"))
     raw.pop("quantization_config", None)  # how the weights are stored; the architecture does not depend on it
     kind = raw.pop("model_type", None)
+    known_as = "ministral" if kind == "mistral" and "layer_types" in raw else str(kind)
     try:
-        config: PretrainedConfig = AutoConfig.for_model(str(kind), **raw)
+        config: PretrainedConfig = AutoConfig.for_model(known_as, **raw)
     except _refusals() as error:
         raise _not_known(directory, f"model_type {kind!r}: {str(error)[:200]}") from error
     return config
@@ -150,7 +153,8 @@ def _name_of(layer: object, layers: Iterable[tuple[str, object]]) -> str:
 def _complete(raw: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     settings = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
     settings |= {usual: settings[own] for usual, own in config.attribute_map.items() if own in settings}
-    return settings | {key: value for key, value in raw.items() if value is not None or key not in settings}
+    given = {key: value for key, value in raw.items() if value is not None or key not in settings}
+    return settings | given | {"model_type": config.model_type}
 
 
 def _not_known(directory: Path, found: str) -> BadInput:

@@ -290,6 +290,7 @@ _GEMMA2_RULES = {"hidden_activation": _TANH_GELU, "use_bidirectional_attention":
 FAMILIES: dict[str | None, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral": _LLAMA,
     "qwen2": _QWEN2,
     "qwen3": replace(_QWEN2, arch="qwen3", layer={**_LLAMA_LAYER, **_HEAD_NORMS}, free_heads=True),
     "smollm3": replace(
@@ -375,6 +376,7 @@ FAMILIES: dict[str | None, Family] = {
 
 WINDOWED: dict[str | None, Family] = {
     "mistral": _WINDOWED_LLAMA,
+    "ministral": _WINDOWED_LLAMA,
     "qwen2": _WINDOWED_LLAMA,
     "phi3": replace(
         _WINDOWED_LLAMA,
