@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgewright.export.architecture import open_config
 from edgewright.export.onnx.rotary import Rotary, rotary
 from edgewright.export.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,8 @@ class Family:
     """Whether the embedding is multiplied by the root of the hidden size."""
     query_scale: str | None = None
     """The setting whose root divides the scores of attention; the head size where there is none."""
+    partial_rotary: bool = False
+    """Whether `partial_rotary_factor` is heeded where the rotation is of the kind `default`."""
     caps_scores: bool = False
     """Whether `attn_logit_softcapping` is heeded; by Gemma 3 it is where attention is computed in single steps."""
 
@@ -61,6 +66,7 @@ _GEMMA2 = replace(_GEMMA3, caps_scores=True)
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
+    "ministral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
     "smollm3": Family(),
@@ -76,13 +82,14 @@ FAMILIES: dict[str, Family] = {
         mlp_out="mlp.fc2",
         gated=False,
         final_norm="model.final_layernorm",
+        partial_rotary=True,
     ),
-    "phi3": Family(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
+    "phi3": Family(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",), partial_rotary=True),
 }
 """The families whose graph is written, by `model_type`. Biases, and norms of queries and keys, are where the checkpoint
 has them."""
 
-ACTIVATIONS = frozenset({"silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"})
+ACTIVATIONS = frozenset({"silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"})
 """The activations that `written_graph.py` writes."""
 
 _HONOURED = frozenset(
@@ -132,6 +139,9 @@ _IMMATERIAL = frozenset(
 kind of rotary positions reads that is not written."""
 _OFF = frozenset({"qk_layernorm", "use_bidirectional_attention"})
 """Settings that are honoured where they are switched off."""
+_UNDECLARED = frozenset({"use_bidirectional_attention", "sliding_window", "layer_types", "attention_chunk_size"})
+"""Settings that models, masks and caches of transformers read from config.json also where the class of the family does
+not declare them; then they are honoured where they are switched off. So is `is_causal` where it is on."""
 
 _WINDOWS = {"full_attention": False, "sliding_attention": True}
 
@@ -175,15 +185,12 @@ def describe(source: Source) -> Decoder | None:
     family = FAMILIES.get(config.model_type)
     if family is None:
         return None
-    known = set(type(config).__dataclass_fields__)
-    settings = {name: value for name, value in config.to_dict().items() if name in known}
-    unknown = settings.keys() - _HONOURED - _IMMATERIAL - _OFF - _base_settings()
-    off = _OFF if family.caps_scores else {*_OFF, "attn_logit_softcapping"}
-    if unknown or any(settings.get(name) for name in off) or settings[family.activation] not in ACTIVATIONS:
+    settings = _settings(config, family)
+    if settings is None or settings[family.activation] not in ACTIVATIONS:
         return None
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     size = settings.get("head_dim") or hidden // heads
-    layers = _layers(settings, size)
+    layers = _layers(settings, size, partial=family.partial_rotary)
     if layers is None:
         return None
     return Decoder(
@@ -203,6 +210,22 @@ def describe(source: Source) -> Decoder | None:
     )
 
 
+def _settings(config: PretrainedConfig, family: Family) -> dict[str, Any] | None:
+    """What counts of a configuration; None where something that counts is not honoured.
+
+    That is what the class of the family declares, and the size of heads, which every model reads.
+    """
+    declared, given = set(type(config).__dataclass_fields__), config.to_dict()
+    settings = {name: value for name, value in given.items() if name in {*declared, "head_dim"}}
+    unknown = settings.keys() - _HONOURED - _IMMATERIAL - _OFF - _base_settings()
+    off = _OFF if family.caps_scores else {*_OFF, "attn_logit_softcapping"}
+    if unknown or any(settings.get(name) for name in off):
+        return None
+    if config.is_heterogeneous or not given.get("is_causal", True):
+        return None
+    return None if any(given.get(name) for name in _UNDECLARED - declared) else settings
+
+
 def _base_settings() -> set[str]:
     """The settings of every configuration, none of which changes what a decoder computes."""
     from transformers import PreTrainedConfig
@@ -210,25 +233,27 @@ def _base_settings() -> set[str]:
     return set(PreTrainedConfig.__dataclass_fields__)
 
 
-def _layers(settings: Mapping[str, Any], head_size: int) -> tuple[Layer, ...] | None:
+def _layers(settings: Mapping[str, Any], head_size: int, *, partial: bool) -> tuple[Layer, ...] | None:
     """Window and rotation of each layer; None where one of them is of a kind that is not known here."""
     count, window = settings["num_hidden_layers"], settings.get("sliding_window")
     usual = "full_attention" if window is None else "sliding_attention"
     kinds = settings.get("layer_types") or [usual] * count
     if len(kinds) != count or not _WINDOWS.keys() >= set(kinds) or (window is None and "sliding_attention" in kinds):
         return None
-    rotaries = _rotaries(settings["rope_parameters"], set(kinds), head_size)
+    rotaries = _rotaries(settings["rope_parameters"], set(kinds), head_size, partial=partial)
     turning = settings.get("no_rope_layers") or [True] * count
-    if None in rotaries.values() or len(turning) != count:
+    if None in rotaries.values() or len(turning) < count:
         return None
     return tuple(
         Layer(window=window if _WINDOWS[kind] else None, rotary=rotaries[kind] if turns else None)
-        for kind, turns in zip(kinds, turning, strict=True)
+        for kind, turns in zip(kinds, turning[:count], strict=True)
     )
 
 
-def _rotaries(parameters: Mapping[str, Any], kinds: set[str], head_size: int) -> dict[str, Rotary | None]:
+def _rotaries(
+    parameters: Mapping[str, Any], kinds: set[str], head_size: int, *, partial: bool
+) -> dict[str, Rotary | None]:
     """The rotation of each kind of layer: of its own, or one for all."""
     if kinds <= parameters.keys():
-        return {kind: rotary(parameters[kind], head_size) for kind in kinds}
-    return dict.fromkeys(kinds, rotary(parameters, head_size))
+        return {kind: rotary(parameters[kind], head_size, partial=partial) for kind in kinds}
+    return dict.fromkeys(kinds, rotary(parameters, head_size, partial=partial))

@@ -38,16 +38,25 @@ class Rotary:
         return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def rotary(parameters: Parameters, head_size: int) -> Rotary | None:
+def rotary(parameters: Parameters, head_size: int, *, partial: bool) -> Rotary | None:
     """The rotation that `rope_parameters` describe; None where they are of a kind that is not known here.
 
-    Not known are the kinds whose angles depend on the length of the text (`dynamic`, `longrope`).
+    Not known are the kinds whose angles depend on the length of the text (`dynamic`, `longrope`), and those other than
+    `default` where only a part of a head turns.
+
+    Args:
+        parameters: as config.json has them.
+        head_size: numbers of a head.
+        partial: whether the family heeds `partial_rotary_factor`; the others turn whole heads whatever it says.
     """
-    kind = KINDS.get(parameters.get("rope_type", "default"))
+    name = parameters.get("rope_type", "default")
+    kind, factor = KINDS.get(name), parameters.get("partial_rotary_factor")
     if kind is None or not kind.needs <= {name for name, value in parameters.items() if value is not None}:
         return None
-    size = int(head_size * parameters.get("partial_rotary_factor", 1.0))
-    return kind.make(parameters, size)
+    share = 1.0 if factor is None else float(factor)
+    if name != "default" and share != 1:
+        return None
+    return kind.make(parameters, int(head_size * share) if partial else head_size)
 
 
 def _powers(parameters: Parameters, size: int) -> np.ndarray:

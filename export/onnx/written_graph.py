@@ -56,7 +56,8 @@ class _Writing:
         head = self._source.head
         if self._source.tied:
             turned = nodes.op("Transpose", nodes.weight(head), attributes={"perm": [1, 0]})
-            logits = nodes.op("MatMul", last, turned)
+            module = self._source.architecture.head.removesuffix(".weight")
+            logits = self._biased(nodes.op("MatMul", last, turned), module, decoder.vocabulary)
         else:
             logits = self._linear(last, head.removesuffix(".weight"))
         if decoder.logit_softcap:
@@ -121,11 +122,13 @@ class _Writing:
         return self._nodes.ops("Split", joined, split, attributes={"axis": -1}, count=len(sizes))
 
     def _linear(self, value: ir.Value, module: str) -> ir.Value:
-        nodes, bias = self._nodes, f"{module}.bias"
         layer = self._source.architecture.factors.get(module)
         product = self._product(value, module) if layer is None else self._factored(value, module, layer)
-        dims = self._dims(self._rows(module))
-        return nodes.op("Add", product, nodes.weight(bias), dims=dims) if nodes.has(bias) else product
+        return self._biased(product, module, self._rows(module))
+
+    def _biased(self, value: ir.Value, module: str, size: int) -> ir.Value:
+        nodes, bias = self._nodes, f"{module}.bias"
+        return nodes.op("Add", value, nodes.weight(bias), dims=self._dims(size)) if nodes.has(bias) else value
 
     def _product(self, value: ir.Value, module: str) -> ir.Value:
         weight = f"{module}.weight"
@@ -200,6 +203,7 @@ def _relu(nodes: Nodes, value: ir.Value) -> ir.Value:
 
 _ACTIVATIONS: dict[str, Callable[[Nodes, ir.Value], ir.Value]] = {
     "silu": _silu,
+    "swish": _silu,
     "gelu": _gelu,
     "gelu_new": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
