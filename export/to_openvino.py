@@ -34,7 +34,8 @@ from edgewright.export.clean_settings import clean_config
 from edgewright.export.guard import read_json
 from edgewright.export.lattice import LatticeTensor, round_int, round_q4_0
 from edgewright.export.layout.openvino import OpenVinoWeight
-from edgewright.export.onnx.decoder_graph import check_positions, save
+from edgewright.export.onnx.decoder import describe
+from edgewright.export.onnx.decoder_graph import check_positions, makers, save
 from edgewright.export.onnx.packing import POSITIONS, UNLIKE_EMBEDDING
 from edgewright.export.openvino import graph as openvino_graph
 from edgewright.export.openvino.package import load
@@ -100,7 +101,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         packing = _Packing(source=source, quant=quant, embedding_quant=embedding_quant)
         packing.run(model)
         openvino_graph.make_stateful(model)
-        if _has_windows(source.config):
+        if _has_windows(source):
             openvino_graph.keep_from_paging(model)
         _set_runtime_options(model, packing.elements)
         model.set_rt_info(str(source.config["max_position_embeddings"]), CONTEXT_LENGTH)
@@ -115,7 +116,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         lattice={name: packing.stored.get(name, "not stored") for name in source.lattice},
         digests=packing.digests,
         embedding_quant=packing.embedding_width,
-        versions={name: version(name) for name in ("openvino", "openvino-tokenizers", "onnxscript")},
+        versions={name: version(name) for name in (*makers(source), "openvino", "openvino-tokenizers")},
     )
 
 
@@ -277,10 +278,14 @@ def _broken_graph(name: str, found: str) -> GateFailed:
 # ---------------------------------------------------------------- the folder
 
 
-def _has_windows(config: dict[str, Any]) -> bool:
+def _has_windows(source: Source) -> bool:
     """Whether layers see only the last tokens: the pipeline's paged attention does not see that in the mask, and gives
-    them all."""
-    return bool(config.get("sliding_window")) and config.get("use_sliding_window") is not False
+    them all. Of a graph that was traced it is known from the settings alone."""
+    decoder = describe(source)
+    if decoder is not None:
+        return any(layer.window is not None for layer in decoder.layers)
+    kinds = source.config.get("layer_types")
+    return bool(set(kinds) - {"full_attention"} if kinds else source.config.get("sliding_window"))
 
 
 def _read(ov: Any, path: Path, source: Source) -> Any:

@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +25,8 @@ from edgewright.export.openvino import reader as openvino_reader
 from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import OpenVinoSession
 from edgewright.export.source import Source, load_source
+
+LAYERS = ["full_attention", "sliding_attention"]
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +230,33 @@ def test_calibrated_widths_come_through(ternary: Source, write_openvino: Write, 
 
 
 # ---------------------------------------------------------------- the folder, and refusals
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("llama", {}, False),
+        ("mistral-window", {}, True),
+        ("smollm3", {"use_sliding_window": False, "sliding_window": 24, "layer_types": LAYERS * 2}, True),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 24, "layer_types": LAYERS[:1] * 4}, False),
+        ("mistral-window", {"layer_types": LAYERS[:1] * 2}, False),
+        (
+            "qwen3",
+            {"hidden_act": "mish", "sliding_window": 24, "use_sliding_window": True, "layer_types": LAYERS},
+            True,
+        ),
+        ("mistral-window", {"hidden_act": "mish"}, True),
+        ("llama", {"hidden_act": "mish"}, False),
+    ],
+)
+def test_windows_are_those_of_the_graph(
+    family: str, changes: dict[str, Any], expected: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whatever a setting that no layer heeds says; of a traced graph, what the settings say."""
+    shutil.copytree(tiny_model(family), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert to_openvino._has_windows(load_source(tmp_path / "model")) is expected
 
 
 def test_the_folder_is_whole(ternary: Source, openvino_ternary: Path) -> None:
