@@ -9,6 +9,9 @@ weights, 2.25 bits a weight.
 The largest difference of a logit to transformers, with onnxruntime-genai 0.18 on one tiny model of each family and kind
 of rotary positions, in fp32 (logits reach 10): 3e-6 to 2e-5, written or traced.
 
+A batch of texts of several lengths must be padded on the right: the runtime pads on the left, which
+`GroupQueryAttention` does not see in the mask.
+
 fp16 is no width of this target: onnxruntime 1.31 has no faster kernels for it on the CPU.
 """
 
@@ -21,7 +24,7 @@ from pathlib import Path
 
 from edgewright.errors import BadInput
 from edgewright.export.artifact import Written, sync
-from edgewright.export.genai.config import genai_config
+from edgewright.export.genai.config import NO_END, genai_config, special_tokens
 from edgewright.export.onnx.decoder_graph import build, build_grouped, check_positions, makers
 from edgewright.export.onnx.packing import Packer
 from edgewright.export.source import Source
@@ -67,8 +70,15 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         digests=packer.digests,
         embedding_quant=packer.embedding_width,
         versions={name: version(name) for name in (*makers(source), "onnxruntime", "onnxruntime-genai")},
-        notes=_tokenizer_notes(source),
+        notes=[*_tokenizer_notes(source), *_end_notes(source)],
     )
+
+
+def _end_notes(source: Source) -> list[str]:
+    """What the runtime is told where the checkpoint names no token that ends a text."""
+    if special_tokens(source).ends:
+        return []
+    return [f"the checkpoint names no EOS token: the runtime stops at token {NO_END}; set eos_token_id in config.json"]
 
 
 def check_installed() -> None:

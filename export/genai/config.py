@@ -5,6 +5,8 @@ The keys and the defaults are those that the vendor's builder writes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import BadInput
@@ -17,8 +19,14 @@ if TYPE_CHECKING:
 KIND = "decoder"
 """`model.type`: the runtime's name for a decoder that needs nothing special."""
 
+KIND_OF = {"ministral": "mistral"}
+"""The runtime's name of a family where that is not `model_type`."""
+
 IN_PLACE = "GroupQueryAttention"
 """The attention that writes keys and values into the cache that it is given."""
+
+NO_END = 0
+"""The token at which the runtime, which needs one, stops where a checkpoint names no EOS."""
 
 SEARCH = {
     "diversity_penalty": 0.0,
@@ -36,7 +44,7 @@ SEARCH = {
 }
 """How the runtime generates where nobody says otherwise."""
 
-_GENERATION = ("do_sample", "temperature", "top_k", "top_p")
+_GENERATION = ("do_sample", "repetition_penalty", "temperature", "top_k", "top_p")
 """What the checkpoint's generation_config.json says otherwise."""
 
 
@@ -49,35 +57,53 @@ def genai_config(source: Source, model: ir.Model) -> dict[str, Any]:
     Raises:
         BadInput: EW-546, the layers have caches of several shapes.
     """
-    path = source.directory / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    generation = _generation(source)
     return {
-        "model": _model(source, model, generation),
+        "model": _model(source, model),
         "search": SEARCH
         | {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
         | {"max_length": _context_length(source), "past_present_share_buffer": _writes_in_place(model)},
     }
 
 
-def _model(source: Source, model: ir.Model, generation: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Specials:
+    """The special tokens that a checkpoint names: ids of its vocabulary, none twice, the main one first."""
+
+    starts: list[int]
+    ends: list[int]
+    pads: list[int]
+
+
+def special_tokens(source: Source) -> Specials:
+    """Those of generation_config.json, else of config.json, else of the tokenizer. The tokenizer's end is one in any
+    case: it ends a turn of a chat, and config.json may lack it."""
+    tokens = _vocabulary(source)
+    given = source.config | {name: value for name, value in _generation(source).items() if value is not None}
+    known = range(int(source.config["vocab_size"]))
+
+    def ids(kind: str, settings: Mapping[str, Any]) -> list[int]:
+        found = special_ids(settings, source.tokenizer_config, kind, tokens)
+        return [token for token in dict.fromkeys(found) if token in known]
+
+    ends = ids("eos", given)
+    turn_ends = [token for token in ids("eos", {}) if token not in ends]
+    return Specials(starts=ids("bos", given), ends=[*turn_ends, *ends], pads=ids("pad", given))
+
+
+def _generation(source: Source) -> dict[str, Any]:
+    path = source.directory / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _model(source: Source, model: ir.Model) -> dict[str, Any]:
     """The section that describes the graph."""
     heads, size, layers = _cache(source, model)
-    tokens, own = _vocabulary(source), {name: value for name, value in generation.items() if value is not None}
-    starts, ends, pads, turn_ends = (
-        special_ids(settings, source.tokenizer_config, kind, tokens)
-        for kind, settings in (
-            ("bos", source.config | own),
-            ("eos", source.config | own),
-            ("pad", source.config | own),
-            ("eos", {}),  # the tokenizer's, which ends a turn of a chat, and which config.json may lack
-        )
-    )
-    ends = ends or [0]
-    turn_ends = [token for token in turn_ends if token not in ends]
-    all_ends = [*turn_ends, *ends]
+    specials = special_tokens(source)
+    ends, family = specials.ends or [NO_END], str(source.config["model_type"])
     inputs = [name for name in ("input_ids", "attention_mask", "position_ids") if name in _inputs(model)]
     return {
-        "bos_token_id": (starts or ends)[0],  # where a checkpoint has no BOS a text starts with EOS
+        "bos_token_id": (specials.starts or ends)[0],  # where a checkpoint has no BOS a text starts with EOS
         "context_length": _context_length(source),
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -98,9 +124,9 @@ def _model(source: Source, model: ir.Model, generation: dict[str, Any]) -> dict[
             "num_hidden_layers": layers,
             "num_key_value_heads": heads,
         },
-        "eos_token_id": all_ends[0] if len(all_ends) == 1 else all_ends,
-        "pad_token_id": (pads or ends)[0],
-        "type": str(source.config["model_type"]) if _writes_in_place(model) else KIND,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "pad_token_id": (specials.pads or ends)[0],
+        "type": KIND_OF.get(family, family) if _writes_in_place(model) else KIND,
         "vocab_size": int(source.config["vocab_size"]),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,36 @@ def test_a_window_is_in_the_graph_and_the_cache_whole(tiny_model: Models, tmp_pa
     made = edgewright.export(tiny_model("mistral-window"), to="genai", out=tmp_path / "out", quant="fp32", threads=1)
     assert [layer["local_window_size"] for layer in nodes(made.path, "GroupQueryAttention")] == [WINDOW, WINDOW]
     assert "sliding_window" not in json.loads((made.path / "genai_config.json").read_text())["model"]["decoder"]
+
+
+def test_special_tokens_are_ids_of_the_vocabulary(tiny_model: Models, tmp_path: Path) -> None:
+    """None twice; and a checkpoint without an end comes with a note."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    given = {"bos_token_id": 1000, "eos_token_id": [3, 3, -1, 4], "pad_token_id": -1, "repetition_penalty": 1.3}
+    (model / "generation_config.json").write_text(json.dumps(given))
+    written = to_genai.write(load_source(model), tmp_path / "out", quant="fp32")
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert config["model"]["eos_token_id"] == [0, 3, 4]  # the tokenizer's, which ends a turn, comes first
+    assert (config["model"]["bos_token_id"], config["model"]["pad_token_id"]) == (0, 0)
+    assert config["search"]["repetition_penalty"] == 1.3
+    assert not any("EOS" in note for note in written.notes)
+
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    written = to_genai.write(load_source(model), tmp_path / "again", quant="fp32")
+    assert [note for note in written.notes if "no EOS token" in note and "token 0" in note]
+
+
+def test_a_family_that_the_runtime_knows_by_another_name(tiny_model: Models, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("mistral-window"), model)
+    config = json.loads((model / "config.json").read_text())
+    config["layer_types"] = ["full_attention", "sliding_attention"]
+    (model / "config.json").write_text(json.dumps(config))
+    made = edgewright.export(model, to="genai", out=tmp_path / "out", quant="fp32", threads=1)
+    assert made.gate == "passed" and made.parity is not None and made.parity["max_abs_diff"] < 1e-4
+    assert [layer["local_window_size"] for layer in nodes(made.path, "GroupQueryAttention")] == [-1, WINDOW]
 
 
 def test_caches_of_several_shapes_are_refused(tiny_model: Models) -> None:
