@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 FULL_CONTEXT_WORK = 5e10
 """Tokens times parameters that reading a context to its end may cost: 256 tokens of a model of 200 million."""
 
+FULL_CONTEXT = 16384
+"""Tokens that are read of a context at most: masks grow with its square, and are 256 MB there, of one byte a place."""
+
 MAX_TEXTS = 8
 """Documents of `verify --data` that are read."""
 
@@ -208,7 +211,7 @@ def _special_tokens(source: Source) -> list[int]:
 
 def _affordable_context(source: Source) -> int:
     parameters = sum(prod(source.shape(name)) for name in source.names)
-    return int(FULL_CONTEXT_WORK / parameters)
+    return min(FULL_CONTEXT, int(FULL_CONTEXT_WORK / parameters))
 
 
 def _texts(patterns: Sequence[str | Path]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 
 import edgewright
 from edgewright.errors import BadInput, GateFailed, RecipeError
-from edgewright.export import to_gguf
+from edgewright.export import parity, to_gguf
 from edgewright.export.artifact import Written, read_entry
 from edgewright.export.gate.compare import Comparison, compare
 from edgewright.export.gate.reference import read_reference
@@ -351,3 +351,13 @@ def test_a_ternary_file_in_a_runtime_of_full_precision_has_the_tight_limit(terna
     assert (parity.gate, parity.kl_limit) == ("passed", 1e-4)
     assert isinstance(parity.kl, float) and parity.kl < 1e-6
     assert set(Comparison.__slots__) <= parity.to_json().keys()
+
+
+def test_the_longest_text_is_bounded_by_work_and_by_masks(ternary_model, monkeypatch):
+    """However small the model: masks grow with the square of the text."""
+    source = load_source(ternary_model)
+    parameters = sum(int(np.prod(source.shape(name))) for name in source.names)
+    monkeypatch.setattr(parity, "FULL_CONTEXT_WORK", 300 * parameters)
+    assert parity._affordable_context(source) == 300
+    monkeypatch.setattr(parity, "FULL_CONTEXT_WORK", 1e6 * parameters)
+    assert parity._affordable_context(source) == parity.FULL_CONTEXT == 16384
