@@ -20,7 +20,8 @@ from edgewright.errors import BadInput
 
 NOTE = (
     "Linear layers of this model are stored as factors, perhaps with an activation between them, so that no matrix "
-    "can replace them. Only edgewright opens this directory; `edgewright export` makes ONNX and OpenVINO models of it."
+    "can replace them. Only edgewright opens this directory; `edgewright export` makes ONNX, GenAI and OpenVINO models "
+    "of it."
 )
 
 
