@@ -9,8 +9,9 @@ weights, 2.25 bits a weight.
 The largest difference of a logit to transformers, with onnxruntime-genai 0.18 on one tiny model of each family and kind
 of rotary positions, in fp32 (logits reach 10): 3e-6 to 2e-5, written or traced.
 
-A batch of texts of several lengths must be padded on the right: the runtime pads on the left, which
-`GroupQueryAttention` does not see in the mask.
+A batch of texts of several lengths must be padded on the right, as the runtime's `Tokenizer.encode_batch` pads:
+`GroupQueryAttention` takes the first so many tokens of a row for its text, and answers wrongly behind padding on the
+left.
 
 fp16 is no width of this target: onnxruntime 1.31 has no faster kernels for it on the CPU.
 """
@@ -36,6 +37,13 @@ QUANTS = ("fp32", "int8", "int4", "ternary")
 
 EMBEDDING_QUANTS = ("fp32", "int8", "int4")
 """The widths of token embedding and output head."""
+
+
+RIGHT_PADDING = (
+    "texts of several lengths in one batch must be padded on the right, as onnxruntime_genai's encode_batch does: "
+    "behind padding on the left the answers are wrong"
+)
+"""Said of graphs with `GroupQueryAttention`."""
 
 
 def write(source: Source, directory: Path, *, quant: str, embedding_quant: str | None = None) -> Written:
@@ -70,7 +78,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         digests=packer.digests,
         embedding_quant=packer.embedding_width,
         versions={name: version(name) for name in (*makers(source), "onnxruntime", "onnxruntime-genai")},
-        notes=[*_tokenizer_notes(source), *_end_notes(source)],
+        notes=[*_tokenizer_notes(source), *_end_notes(source), *([] if grouped is None else [RIGHT_PADDING])],
     )
 
 

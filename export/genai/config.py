@@ -73,6 +73,8 @@ class Specials:
     starts: list[int]
     ends: list[int]
     pads: list[int]
+    turn_ends: list[int]
+    """The tokenizer's ends that are not among `ends`; they come before those."""
 
 
 def special_tokens(source: Source) -> Specials:
@@ -88,7 +90,9 @@ def special_tokens(source: Source) -> Specials:
 
     ends = ids("eos", given)
     turn_ends = [token for token in ids("eos", {}) if token not in ends]
-    return Specials(starts=ids("bos", given), ends=[*turn_ends, *ends], pads=ids("pad", given))
+    if not ends:
+        ends, turn_ends = turn_ends, []
+    return Specials(starts=ids("bos", given), ends=ends, pads=ids("pad", given), turn_ends=turn_ends)
 
 
 def _generation(source: Source) -> dict[str, Any]:
@@ -101,6 +105,7 @@ def _model(source: Source, model: ir.Model) -> dict[str, Any]:
     heads, size, layers = _cache(source, model)
     specials = special_tokens(source)
     ends, family = specials.ends or [NO_END], str(source.config["model_type"])
+    all_ends = [*specials.turn_ends, *ends]
     inputs = [name for name in ("input_ids", "attention_mask", "position_ids") if name in _inputs(model)]
     return {
         "bos_token_id": (specials.starts or ends)[0],  # where a checkpoint has no BOS a text starts with EOS
@@ -124,7 +129,7 @@ def _model(source: Source, model: ir.Model) -> dict[str, Any]:
             "num_hidden_layers": layers,
             "num_key_value_heads": heads,
         },
-        "eos_token_id": ends[0] if len(ends) == 1 else ends,
+        "eos_token_id": all_ends[0] if len(all_ends) == 1 else all_ends,
         "pad_token_id": (specials.pads or ends)[0],
         "type": KIND_OF.get(family, family) if _writes_in_place(model) else KIND,
         "vocab_size": int(source.config["vocab_size"]),

@@ -188,8 +188,8 @@ class StandardAttention(Attention):
 class GroupQueryAttention(Attention):
     """ONNX Runtime's operator, which rotates, and writes keys and values into a cache in place.
 
-    It takes no padded batches. Where it cannot rotate the size, rotation stands before it, and the graph reads
-    `position_ids`.
+    It takes no batches that are padded on the left. Where it cannot rotate the size, rotation stands before it, and
+    the graph reads `position_ids`.
     """
 
     def __init__(self, nodes: Nodes, decoder: Decoder) -> None:

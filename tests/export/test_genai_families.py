@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -85,7 +86,7 @@ def test_special_tokens_are_ids_of_the_vocabulary(tiny_model: Models, tmp_path: 
     written = to_genai.write(load_source(model), tmp_path / "out", quant="fp32")
     config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     assert config["model"]["eos_token_id"] == [0, 3, 4]  # the tokenizer's, which ends a turn, comes first
-    assert (config["model"]["bos_token_id"], config["model"]["pad_token_id"]) == (0, 0)
+    assert (config["model"]["bos_token_id"], config["model"]["pad_token_id"]) == (3, 3)
     assert config["search"]["repetition_penalty"] == 1.3
     assert not any("EOS" in note for note in written.notes)
 
@@ -93,6 +94,31 @@ def test_special_tokens_are_ids_of_the_vocabulary(tiny_model: Models, tmp_path: 
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     written = to_genai.write(load_source(model), tmp_path / "again", quant="fp32")
     assert [note for note in written.notes if "no EOS token" in note and "token 0" in note]
+
+
+def test_a_batch_is_padded_on_the_right(tiny_model: Models, tmp_path: Path) -> None:
+    """As the note says, and as the runtime's tokenizer pads: a short text goes on as it does alone."""
+    import onnxruntime_genai as og
+
+    written = to_genai.write(load_source(tiny_model("llama")), tmp_path / "out", quant="fp32")
+    assert to_genai.RIGHT_PADDING in written.notes
+    model = og.Model(str(tmp_path / "out"))
+
+    def last_of(rows: list[list[int]]) -> list[int]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=60, batch_size=len(rows))
+        generator, found = og.Generator(model, params), []
+        generator.append_tokens(np.array(rows, np.int32))
+        for _ in range(6):
+            generator.generate_next_token()
+            found.append(int(generator.get_next_tokens()[-1]))
+        return found
+
+    long, short = list(range(20, 40)), list(range(60, 72))
+    assert last_of([long, [*short, *[0] * 8]]) == last_of([short])
+    assert last_of([long, [*[0] * 8, *short]]) != last_of([short]), "the note is out of date"
+    padded = og.Tokenizer(model).encode_batch(["def", "def add(a, b): return"]).as_numpy()
+    assert padded[0, 0] != 0 and padded[0, -1] == 0
 
 
 def test_a_family_that_the_runtime_knows_by_another_name(tiny_model: Models, tmp_path: Path) -> None:
