@@ -92,7 +92,7 @@ SCALES = {
         sizes={"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256},
         vocabulary=512,
         batch=16,
-        rates=(2e-3, 4e-3, 8e-3),
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
         rank=76,
         lost_rank=64,
     ),
