@@ -41,15 +41,14 @@ class _DeadWeightBias(torch.autograd.Function):
     """lambda * the sum of each output's weights of code 0; backward: lambda * the bias's gradient, to just those."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, value: Tensor, dead: Tensor, factor: float) -> Tensor:
-        ctx.save_for_backward(dead)
-        ctx.factor = factor
+    def forward(ctx: Any, weight: Tensor, value: Tensor, dead: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(dead, factor)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (dead,) = ctx.saved_tensors
-        return dead * (gradient * ctx.factor)[:, None], None, None, None
+        dead, factor = ctx.saved_tensors
+        return dead * (gradient * factor)[:, None], None, None, None
 
 
 class TernaryLinear(FakeQuantLinear):
@@ -73,6 +72,8 @@ class TernaryLinear(FakeQuantLinear):
     """[out, in] bool, with Tequila: the weights of code 0."""
     dead_sum: Tensor
     """[out], likewise: the bias that they make."""
+    dead_factor: Tensor
+    """[], likewise: lambda times the strength; a tensor, because compiled code is made anew for every other float."""
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class TernaryLinear(FakeQuantLinear):
             if self.rule.dead_bias:
                 self._buffer("dead", torch.empty_like(self.rounded, dtype=torch.bool))
                 self._buffer("dead_sum", self.rounded.new_empty(self.out_features))
+                self._buffer("dead_factor", self.rounded.new_empty(()))
         self.refresh()
 
     def _buffer(self, name: str, tensor: Tensor) -> None:
@@ -140,7 +142,8 @@ class TernaryLinear(FakeQuantLinear):
         if self.rule.dead_bias:
             torch.eq(codes, 0, out=self.dead)
             torch.sum(self.weight.float() * self.dead, -1, out=self.dead_sum)
-            self.dead_sum.mul_(self.dead_bias * self.strength)
+            self.dead_factor.fill_(self.dead_bias * self.strength)
+            self.dead_sum.mul_(self.dead_factor)
 
     def _remember_slope(self, codes: Tensor, scales: Tensor, rule: LearnedScale) -> None:
         blocks = self._blocks()
@@ -162,8 +165,7 @@ class TernaryLinear(FakeQuantLinear):
         """The layer's own bias, and that of its dead weights."""
         if not self.rule.dead_bias:
             return self.bias
-        factor = self.dead_bias * self.strength
-        bias: Tensor = _DeadWeightBias.apply(self.weight, self.dead_sum, self.dead, factor)
+        bias: Tensor = _DeadWeightBias.apply(self.weight, self.dead_sum, self.dead, self.dead_factor)
         return bias if self.bias is None else self.bias + bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from methods import CASES, prepared, tokens
+from methods import CASES, Loop, prepared, tokens
 from torch._dynamo.utils import counters
+
+from edgewright.compress.ternary import TernaryConfig
 
 FIRST = {case.config.type: case for case in reversed(CASES)}.values()
 """The first case of each method."""
@@ -38,5 +40,18 @@ def test_a_compiled_model_is_the_same(case):
     ):
         torch.testing.assert_close(again, loss, rtol=0.01, atol=0)
         assert float((compiled - gradient).norm() / gradient.norm()) < 0.02
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("quantizer", ["absmean", "tequila", "seq_ternary"])
+def test_the_warm_up_of_the_lattice_needs_no_second_graph(quantizer):
+    torch._dynamo.reset()
+    counters.clear()
+    model, method = prepared(TernaryConfig(quantizer=quantizer, warmup_ratio=0.8))
+    model.base_model.compile(dynamic=False, backend="eager")
+    Loop(model, method, total_steps=10).run(4)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
