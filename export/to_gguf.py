@@ -1,7 +1,8 @@
 """GGUF files for llama.cpp, from a checkpoint of any family in `gguf/architecture.FAMILIES`.
 
 Every weight is laid out from its lattice: the checkpoint's own codes where it is quantized, else codes made once by
-ggml's rule for the type. Tensors are read and packed a few at a time, and written one after the other.
+ggml's rule for the type. Where others are quantized, one that is not is never rounded to a ternary type. Tensors are
+read and packed a few at a time, and written one after the other.
 """
 
 from __future__ import annotations
@@ -250,7 +251,9 @@ def place(source: Source, quant: str, embedding_quant: str | None = None) -> tup
             asked = _asked(source, target, quant, embedding_quant)
             width, reason = ("f32", None)
             if len(shape) > 1 and target != POSITIONS:
-                width, reason = width_for(asked, shape[-1], source.lattice.get(name))
+                linear = target not in TABLES  # tables have the width that was asked for them
+                lattice = source.lattice.get(name)
+                width, reason = width_for(asked, shape[-1], lattice, beside_lattices=linear and bool(source.lattice))
             if reason is not None:
                 reasons[width] = reason
             placed.append(

@@ -14,24 +14,20 @@ from typing import TYPE_CHECKING, Literal
 
 from edgewright._verbs import VerbModule
 from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
-from edgewright.exactness import (
-    Shapes,
-    check_layers,
-    checkpoint_shapes,
-    count_parameters,
-    held_by,
-    not_held,
-    preset_shapes,
-    trained_lattices,
-)
+from edgewright.exactness import count_parameters, held_by, not_held, not_rounded, on_no_lattice, trained_lattices
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from edgewright.export.lattice import LatticeTensor
+    from edgewright.preview import Preview
     from edgewright.recipe import ExportConfig, Recipe, StageConfig
     from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
 FIRST_PIECES = 64
 """Documents, or pieces of long ones, that are read to see that the corpus can be."""
+UNKNOWN_VOCABULARY = 1024
+"""Stands for the tokenizer's, where that cannot be opened: no method's layer depends on it."""
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint while training: weights and both moments of AdamW, float32."""
 RESERVE = 1.1
@@ -110,6 +106,8 @@ class _Checker:
         self.parameters: dict[str, int] = {}
         self.vocab_size: int | None = None
         self.sound: set[Path] = set()
+        self.left: dict[str, PreTrainedModel] = {}
+        """What the stages leave that could begin."""
 
     def report(self) -> CheckReport:
         self._try("corpus", self._corpus)
@@ -118,7 +116,6 @@ class _Checker:
             self._try(f"model {directory.name}", partial(self._model, directory))
         for stage in self.recipe.stages:
             self._try(f"stage {stage.name}", partial(self._stage, stage))
-            self._look_at_lattice(stage)
         self._try("disk", self._disk)
         return CheckReport(
             recipe=self.path,
@@ -200,44 +197,49 @@ class _Checker:
         if count is not None:
             self.parameters[stage.name] = count
         size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
-        steps = stage.budget.steps(stage.training.tokens_per_step(self.recipe.data.sequence_length))
-        for method in stage.methods:
-            method.build().check_run(steps)
-        check_layers(stage, self._shapes(stage.student))
+        ahead = self._preview(stage)
+        if ahead is not None:
+            self.left[stage.name] = ahead.left
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
         yield f"{size}, {methods}, {stage.objective.type}"
         yield from lost_weights(stage)
         for owner, role, config in self._taught():
             if owner is stage and config.type == "checkpoint" and config.model in self.sound:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
+        if ahead is not None:
+            self._look_at_lattice(stage, ahead)
 
-    def _look_at_lattice(self, stage: StageConfig) -> None:
+    def _preview(self, stage: StageConfig) -> Preview | None:
+        """What its methods would get; None when what it starts from cannot be opened."""
+        from edgewright.preview import architecture, preview
+
+        start = stage.student
+        if (start.type == "stage" and start.stage not in self.left) or (
+            start.type == "checkpoint" and start.model not in self.sound
+        ):
+            return None
+        model = architecture(self.recipe, stage, self.vocab_size or UNKNOWN_VOCABULARY, self.left)
+        return preview(self.recipe, stage, model)
+
+    def _look_at_lattice(self, stage: StageConfig, ahead: Preview) -> None:
         """Where a stage quantizes: what holds that exactly, and whether its exports do."""
         lattices: dict[str, LatticeTensor] = {}
 
         def look() -> Iterator[str]:
-            lattices.update(trained_lattices(stage, self._shapes(stage.student)))
+            lattices.update(trained_lattices(ahead))
             yield f"held exactly by {held_by(lattices.values())}" if lattices else "no weight on a lattice"
 
         if any(method.quantizes for method in stage.methods):
             self._try(f"lattice of {stage.name}", look)
         for export in self.recipe.exports:
             if export.model == stage.name and lattices:
-                self._try(f"export {export.name}", partial(self._export, export, lattices))
+                self._try(f"export {export.name}", partial(self._export, export, ahead, lattices))
 
-    def _export(self, export: ExportConfig, lattices: dict[str, LatticeTensor]) -> Iterator[str]:
+    def _export(self, export: ExportConfig, ahead: Preview, lattices: dict[str, LatticeTensor]) -> Iterator[str]:
         wider = list(not_held(export, lattices))
         yield f"{export.quant} in {export.to} holds {'some' if wider else 'all'} of what is trained exactly"
         yield from wider
-
-    def _shapes(self, student: PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig) -> Shapes:
-        """The linear layers of a student; empty when what it starts from cannot be opened."""
-        if student.type == "preset":
-            return preset_shapes(student)
-        if student.type == "stage":
-            before = self.recipe.stage(student.stage)
-            return {} if before is None else self._shapes(before.student)
-        return checkpoint_shapes(student.model) if student.model in self.sound else {}
+        yield from not_rounded(export, on_no_lattice(ahead))
 
     def _count(self, student: PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig) -> int | None:
         """Parameters of a student; None when what it starts from cannot be opened."""

@@ -8,49 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewright.compress.choice import LayerChoice, named
 from edgewright.errors import RecipeError
 
 if TYPE_CHECKING:
     from edgewright.export.lattice import LatticeTensor
-    from edgewright.recipe import ExportConfig, StageConfig
-    from edgewright.student import PresetStudentConfig
+    from edgewright.preview import Preview
+    from edgewright.recipe import ExportConfig
 
-Shapes = Mapping[str, tuple[int, int]]
-"""[out, in] of linear layers, by name."""
-
-TABLES = ("embed", "lm_head", "wte", "wpe")
-"""What the names of embeddings and heads have in them, which no method of a recipe takes unless told to."""
 SAMPLE_ROWS = 8
 """Rows of the weights that the formats are asked about: what they hold is a matter of columns, not of rows."""
-
-
-def preset_shapes(student: PresetStudentConfig) -> Shapes:
-    """The linear layers of a preset, without the head."""
-    size = student.sizes()
-    hidden, inner = size["hidden_size"], size["intermediate_size"]
-    keys = hidden // size["num_attention_heads"] * size["num_key_value_heads"]
-    layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    numbers = range(size["num_hidden_layers"])
-    return {f"model.layers.{number}.{name}": shape for number in numbers for name, shape in layer.items()}
-
-
-def checkpoint_shapes(directory: Path) -> Shapes:
-    """The matrices of a checked model directory but its embeddings and head, from the headers of its weights."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, shape in stored_shapes(directory):
-        layer = name.removesuffix(".weight")
-        if len(shape) == 2 and layer != name and not any(table in layer for table in TABLES):
-            found[layer] = (shape[0], shape[1])
-    return found
 
 
 def stored_shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
@@ -63,17 +29,13 @@ def stored_shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
         yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-def trained_lattices(stage: StageConfig, shapes: Shapes) -> dict[str, LatticeTensor]:
-    """One example for every kind of weight that a stage quantizes, by the first layer of that kind.
-
-    Raises:
-        RecipeError: EW-703, a group does not divide a row.
-    """
+def trained_lattices(ahead: Preview) -> dict[str, LatticeTensor]:
+    """One example for every kind of weight that a stage quantizes, by the first layer of that kind."""
     found: dict[str, LatticeTensor] = {}
-    for method in stage.methods:
+    for method, shapes in ahead.shares:
         seen = set()
         for layer, (rows, columns) in shapes.items():
-            if columns in seen or not _asked(method, layer):
+            if columns in seen:
                 continue
             seen.add(columns)
             lattice = method.example(layer, min(rows, SAMPLE_ROWS), columns)
@@ -82,21 +44,9 @@ def trained_lattices(stage: StageConfig, shapes: Shapes) -> dict[str, LatticeTen
     return found
 
 
-def check_layers(stage: StageConfig, shapes: Shapes) -> None:
-    """Refuse a stage whose methods cannot take a layer that they would get.
-
-    Raises:
-        RecipeError: what `LayerChoice.check_layer` raises, by the layer's name.
-    """
-    for method in stage.methods:
-        for layer, (rows, columns) in shapes.items():
-            if _asked(method, layer):
-                method.check_layer(layer, rows, columns)
-
-
-def _asked(method: LayerChoice, layer: str) -> bool:
-    asked = not method.layers or any(named(pattern, layer) for pattern in method.layers)
-    return asked and not any(named(pattern, layer) for pattern in method.exclude)
+def on_no_lattice(ahead: Preview) -> list[str]:
+    """The layers that no method of a stage quantizes."""
+    return [*(layer for method, shapes in ahead.shares if not method.quantizes for layer in shapes), *ahead.alone]
 
 
 def held_by(lattices: Iterable[LatticeTensor]) -> str:
@@ -133,6 +83,14 @@ def not_held(export: ExportConfig, lattices: Mapping[str, LatticeTensor]) -> Ite
     for layer, reason in lost.items():
         columns = lattices[layer].codes.shape[1]
         yield f"rows of {columns} columns, as those of {layer}, are stored wider: {reason}"
+
+
+def not_rounded(export: ExportConfig, free: list[str]) -> Iterator[str]:
+    """What an export does with layers on no lattice beside others on one, where its width is for trained ones alone."""
+    from edgewright.export.layout.exact import TERNARY
+
+    if free and export.quant in TERNARY:
+        yield f"layers on no lattice are stored wider, in 8 bits: {len(free)}, the first {free[0]}"
 
 
 def count_parameters(directory: Path) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgewright.export.lattice import LatticeTensor
+from edgewright.export.layout.exact import TERNARY
 from edgewright.export.layout.ggml import FORMATS, Q4_1, BlockFormat, OffsetFormat
 
 
@@ -65,7 +66,7 @@ HOLDERS = ("tq2_0", "q2_0", "q4_0", "q4_1", "q5_0", "q8_0", "f16", "f32")
 The ternary type that is narrower still is left out, since it runs at half the speed."""
 
 DENSE = ("q8_0", "f16")
-"""What takes a weight without a lattice whose rows are no whole blocks: the first that can."""
+"""What takes a weight without a lattice that the width asked for does not hold: the first that can."""
 
 
 def _more(layer: int, layers: int) -> bool:
@@ -133,15 +134,21 @@ def type_in(mix: Mix, name: str, layers: int) -> str:
     return (rule(int(parts[1]), layers) if rule else None) or mix.base
 
 
-def width_for(asked: str, columns: int, lattice: LatticeTensor | None) -> tuple[str, str | None]:
+def width_for(
+    asked: str, columns: int, lattice: LatticeTensor | None, *, beside_lattices: bool = False
+) -> tuple[str, str | None]:
     """The type that stores a matrix, and why it is not the one asked for, or None.
 
     Args:
         asked: a key of `WIDTHS`.
         columns: of the matrix.
         lattice: its codes and scales; None where it is not quantized yet.
+        beside_lattices: whether others of the checkpoint are: then one that is not was left out of the training that
+            makes weights ternary, and is not rounded to that.
     """
     reason = _why_not(asked, columns, lattice)
+    if reason is None and lattice is None and beside_lattices and asked in TERNARY:
+        reason = f"it is on no lattice, as others are, and {asked} would lose it"
     if reason is None:
         return asked, None
     if lattice is None:

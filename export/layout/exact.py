@@ -15,6 +15,9 @@ FLOATS: Mapping[str, type[np.floating] | None] = {
 }  # fmt: skip
 """The widths that store numbers as they are, with numpy's type for them; none for float32, and for what it lacks."""
 
+TERNARY = frozenset({"ternary", "q2_0", "tq2_0", "tq1_0"})
+"""The widths of ternary training. Rounded to them without it, a weight is lost: beside lattices it gets 8 bits."""
+
 
 def why_not(target: str, width: str, lattice: LatticeTensor) -> str | None:
     """None when a width of a target gives the lattice back bit for bit, else the reason in words."""

@@ -20,7 +20,7 @@ from edgewright.export.lattice import LatticeTensor
 from edgewright.export.parity import differences
 from edgewright.export.runtimes import open_session
 from edgewright.export.source import Source, load_source
-from edgewright.export.to_gguf import place, write
+from edgewright.export.to_gguf import TABLES, place, write
 
 K_QUANTS = sorted(SEARCHED - {"iq4_nl"})
 
@@ -171,6 +171,28 @@ def lattice(low: int, high: int, *, columns: int = 256, group: int | None = 32, 
 def test_a_lattice_goes_to_the_narrowest_type_that_holds_it(held, asked, expected):
     stored_as, reason = width_for(asked, 256 if held is None else held.codes.shape[1], held)
     assert (stored_as, reason is None) == (expected, asked == expected)
+
+
+@pytest.mark.parametrize("quant", ["tq2_0", "tq1_0", "q2_0"])
+def test_a_weight_left_out_of_ternary_training_is_not_rounded_to_it(wide_model, tmp_path, quant):
+    plain = load_source(wide_model)
+    left_out = "model.layers.3.self_attn.k_proj.weight"
+    linear = [name for name in plain.names if name.endswith("_proj.weight")]
+    one = lattice(-1, 1, group=None)
+    trained = {
+        name: replace(one, codes=np.ones(plain.shape(name), np.int8), scales=one.scales[:1])
+        for name in linear
+        if name != left_out
+    }
+    written = write(replace(plain, lattice=trained), tmp_path / "m.gguf", quant=quant)
+    kinds = {name: tensor.kind for name, tensor in open_gguf(tmp_path / "m.gguf").tensors.items()}
+    assert kinds["blk.3.attn_k.weight"] == "q8_0" and kinds["blk.3.attn_q.weight"] == quant
+    ((tensor, kind),) = {(fallback.tensor, fallback.quant) for fallback in written.fallbacks}
+    assert (tensor, kind) == (left_out, "q8_0")
+    placed, fallbacks = place(plain, quant, None)  # nothing is trained: all of it is rounded, as ever
+    assert fallbacks == [] and all(tensor.width == quant for tensor in placed if tensor.source in linear)
+    placed, fallbacks = place(replace(plain, lattice=trained), quant, quant)
+    assert {tensor.width for tensor in placed if tensor.name in TABLES} == {quant}  # as it was asked for
 
 
 def test_calibrated_lattices_are_what_the_file_holds(wide_model, tmp_path):

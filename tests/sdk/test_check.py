@@ -80,7 +80,7 @@ def test_a_wrong_recipe_is_not_opened_any_further(folder: Path) -> None:
 
 @pytest.mark.parametrize("more", ["", ", sub_norm: true, num_key_value_heads: 2"])
 def test_parameters_and_layers_of_a_preset_are_those_of_the_model(folder: Path, more: str) -> None:
-    from edgewright.exactness import preset_shapes
+    from edgewright.preview import architecture, preview
     from edgewright.recipe import load_recipe
     from edgewright.student import build_preset
 
@@ -89,12 +89,14 @@ def test_parameters_and_layers_of_a_preset_are_those_of_the_model(folder: Path, 
         "stages.small.objective={type: next_token}",
     ]
     report = look(folder, *overrides)
-    student = load_recipe(folder / "recipe.yaml", overrides).stages[0].student
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    student = recipe.stages[0].student
     vocab_size = json.loads((folder / "model/config.json").read_text())["vocab_size"]
     model = build_preset(student, vocab_size=vocab_size, max_position_embeddings=16, bos=0, eos=0, seed=0)
     assert report.parameters["small"] == sum(parameter.numel() for parameter in model.parameters())
     layers = {name: tuple(p.shape) for name, p in model.named_parameters() if "proj" in name}
-    assert {f"{name}.weight": shape for name, shape in preset_shapes(student).items()} == layers
+    (share,) = preview(recipe, recipe.stages[0], architecture(recipe, recipe.stages[0], vocab_size, {})).shares
+    assert {f"{name}.weight": shape for name, shape in share[1].items()} == layers
     assert model.config.to_dict().get("quantization_config") is None
 
 
@@ -217,6 +219,18 @@ def test_an_export_that_stores_some_weights_wider_is_a_note(folder: Path) -> Non
     (ok, note) = found_about(report, "export file")
     assert report.ok and (ok[0], note[0]) == ("ok", "note")
     assert "384 columns" in note[1] and "mlp.down_proj" in note[1] and "256" in note[1]
+
+
+@pytest.mark.parametrize(("to", "quant", "noted"), [("gguf", "tq2_0", 1), ("onnx", "ternary", 1), ("gguf", "q8_0", 0)])
+def test_layers_that_are_not_trained_for_a_ternary_width_are_a_note(
+    folder: Path, to: str, quant: str, noted: int
+) -> None:
+    sizes = ["stages.small.student.hidden_size=256", "stages.small.student.intermediate_size=256"]
+    method = "stages.small.methods=[{type: ternary, exclude: [down_proj]}]"
+    report = look(folder, PRESET, PLAIN, *sizes, method, exported(to, quant))
+    notes = [found for status, found in found_about(report, "export file") if status == "note"]
+    assert report.ok and len(notes) == noted
+    assert all("3, the first model.layers.0.mlp.down_proj" in note for note in notes)
 
 
 @pytest.mark.parametrize(
