@@ -66,6 +66,11 @@ class LowRankConfig(RankChoice, Restarts):
         return LowRank(self)
 
     @property
+    def heeded(self) -> frozenset[str]:
+        """ReLoRA's merges always reset the factors' moments, and dip the rate as a restart does."""
+        return super().heeded if self.relora is None else frozenset({"rewarm_steps"})
+
+    @property
     def keeps_factors(self) -> bool:
         return not self.merge or self.activation != "none"
 

@@ -12,7 +12,7 @@ whole period is left after it, so that the run never ends in a dip or with momen
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,9 @@ from edgewright.errors import RecipeError
 
 if TYPE_CHECKING:
     from edgewright.method import StepContext
+
+OF_A_RESTART = ("refactor", "reset", "rewarm_steps")
+"""What a recipe may say of restarts. The resolved recipe spells out their defaults where there are none."""
 
 
 class Restarts(BaseModel):
@@ -35,8 +38,16 @@ class Restarts(BaseModel):
     rewarm_steps: int = Field(default=10, ge=0)
     """Steps of the way back from the dip; 0: no dip."""
 
+    @property
+    def heeded(self) -> frozenset[str]:
+        """Those of the settings above that do anything."""
+        return frozenset() if self.restart_every is None else frozenset(OF_A_RESTART)
+
     @model_validator(mode="after")
-    def _restarts_do_something(self) -> Restarts:
+    def _restarts_do_something(self) -> Self:
+        for name in OF_A_RESTART:
+            if name not in self.heeded and getattr(self, name) != Restarts.model_fields[name].default:
+                raise ValueError(f"{name} is of restarts, and there are none without restart_every")
         if self.restart_every is None:
             return self
         if not (self.refactor or self.reset):

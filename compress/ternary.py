@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 DEAD_BIAS = 1e-3
 """Tequila's lambda."""
+GROUP = 256
+"""Columns per scale unless told otherwise."""
 
 
 class TernaryConfig(LayerChoice):
@@ -34,7 +36,7 @@ class TernaryConfig(LayerChoice):
     """The rounding rule. seq_2bit has four levels and no zero; sherry makes one weight of every four zero."""
     granularity: Granularity = "row"
     """What shares a scale. tensor and row fit every format's blocks."""
-    group: int = Field(default=256, gt=0, multiple_of=32)
+    group: int = Field(default=GROUP, gt=0, multiple_of=32)
     """Columns per scale for `granularity: group`. GGUF's ternary blocks hold multiples of 256 (q2_0: 64), ONNX and
     OpenVINO any of 32."""
     dead_bias: float | None = Field(default=None, gt=0)
@@ -47,9 +49,16 @@ class TernaryConfig(LayerChoice):
     """Whether the output head becomes ternary too; only where it does not share its weight with the embedding."""
 
     @model_validator(mode="after")
-    def _dead_bias_has_an_effect(self) -> Self:
+    def _every_setting_has_an_effect(self) -> Self:
         if self.dead_bias is not None and not QUANTIZERS[self.quantizer].dead_bias:
             raise ValueError(f"dead_bias is of quantizer: tequila alone, not of {self.quantizer}")
+        if self.granularity != "group" and self.group != GROUP:  # the resolved recipe spells out the default
+            raise ValueError(f"group is of granularity: group alone, not of {self.granularity}")
+        if self.head and self.quantize_activations:
+            raise ValueError(
+                "quantize_activations does not reach the head, whose product belongs to the objective: set head: false,"
+                " or train the head in a section of its own, ternary with layers: [lm_head] and head: true"
+            )
         return self
 
     def build(self) -> Ternary:

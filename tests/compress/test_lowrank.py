@@ -290,11 +290,22 @@ def test_a_period_that_never_comes_is_refused():
         ({"rank": 8, "relora": {"merge_every": 100}, "activation": "silu"}, "relora merges"),
         ({"rank": 8, "relora": {"merge_every": 100}, "init": "cola"}, "starts from B = 0"),
         ({"rank": 8, "relora": {"merge_every": 10}}, "below merge_every"),
+        ({"rank": 8, "refactor": False}, "refactor is of restarts"),
+        ({"rank": 8, "reset": False}, "reset is of restarts"),
+        ({"rank": 8, "rewarm_steps": 5}, "rewarm_steps is of restarts"),
+        ({"rank": 8, "relora": {"merge_every": 100}, "reset": False}, "reset is of restarts"),
+        ({"rank": 8, "relora": {"merge_every": 100}, "refactor": False}, "refactor is of restarts"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, words):
     with pytest.raises(ValidationError, match=words):
         LowRankConfig(**settings)
+
+
+@pytest.mark.parametrize("relora", [None, {"merge_every": 100}])
+def test_a_resolved_recipe_is_accepted_with_all_its_defaults(relora):
+    config = LowRankConfig(rank=8, relora=relora)
+    assert LowRankConfig.model_validate(config.model_dump()) == config
 
 
 def test_restarts_with_an_activation_may_reset_alone():

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -241,3 +242,21 @@ def test_groups_of_four_must_fit_the_rows():
     )
     with pytest.raises(RecipeError, match=r"mlp\.down_proj[\s\S]*98 columns to be a multiple of 4"):
         TernaryConfig(quantizer="sherry").build().prepare(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"group": 64}, "group is of granularity: group alone, not of row"),
+        ({"group": 64, "granularity": "tensor"}, "not of tensor"),
+        ({"head": True, "quantize_activations": True}, "does not reach the head"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        TernaryConfig(**settings)
+
+
+def test_a_resolved_recipe_is_accepted_with_all_its_defaults():
+    config = TernaryConfig()
+    assert TernaryConfig.model_validate(config.model_dump()) == config
