@@ -58,10 +58,11 @@ class Distill(Objective):
         """Load the teacher, frozen.
 
         Raises:
+            RecipeError: EW-712, the teacher's logits are not those of its head alone.
             BadInput: EW-702, the vocabularies differ in size. (That the tokens are the same is checked by `check`
                 and before training, by `data.tokenizer.same_tokens`.)
         """
-        from edgewright.student import load_model
+        from edgewright.student import check_head, load_model
 
         teacher: Any = load_model(self.directory)
         teacher.to(device).eval().requires_grad_(False)
@@ -74,6 +75,7 @@ class Distill(Objective):
                 found=teacher.config.vocab_size,
                 fix="give the student the teacher's tokenizer: data.tokenizer = {type: pretrained, path: TEACHER}",
             )
+        check_head(teacher, f"teacher {self.directory}")
         self._teacher = teacher
 
     def teacher(self) -> PreTrainedModel | None:

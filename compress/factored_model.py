@@ -118,7 +118,7 @@ def _empty(name: str, linear: nn.Linear, described: FactoredLayer) -> FactoredLi
         index = torch.from_numpy(described.places(linear.in_features))
     except ValueError as error:
         raise _unfit(name, str(error)) from None
-    return FactoredLinear(
+    layer = FactoredLinear(
         Factors(up=matrix(linear.out_features, described.rank), down=matrix(described.rank, linear.in_features)),
         bias=linear.bias,
         activation=described.activation,
@@ -127,6 +127,8 @@ def _empty(name: str, linear: nn.Linear, described: FactoredLayer) -> FactoredLi
         mix=described.mix,
         method=described.method,
     )
+    layer.stored = True
+    return layer
 
 
 def _check_complete(model: PreTrainedModel, weights: Mapping[str, Tensor], directory: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from edgewright.compress.pruning import Schedule, cubic, does_not_fit, steps_bet
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from edgewright.compress.masked import MaskedLinear
@@ -116,6 +116,20 @@ class Granet(Method):
         """EW-728 where the updates do not fit."""
         self.config.schedule(total_steps)
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.layers import choose
+        from edgewright.compress.masked import floors
+
+        chosen = choose(model, self.config, method=self.type)
+        floors({name: linear.weight.numel() for name, linear in chosen.items()}, self.config.density, self.config.floor)
+        self._initial_counts(chosen)
+        return chosen
+
+    def _initial_counts(self, chosen: Mapping[str, nn.Linear]) -> Mapping[str, int]:
+        """How many weights each layer has when training starts."""
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in chosen.items()}
+        return exact_counts(shapes, erk(shapes, self.config.initial_density, 0))
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers, and mask them where training starts sparse.
 
@@ -124,15 +138,12 @@ class Granet(Method):
         """
         import torch
 
-        from edgewright.compress.layers import choose
-        from edgewright.compress.masked import MaskedLinear, floors, mask_randomly
+        from edgewright.compress.masked import MaskedLinear, mask_randomly
 
-        chosen = choose(model, self.config, method=self.type)
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in chosen.items()}
-        floors({name: math.prod(shape) for name, shape in shapes.items()}, self.config.density, self.config.floor)
+        chosen = self.chosen(model)
         self._seed = torch.initial_seed()
         self._layers = {name: MaskedLinear(linear, self.type) for name, linear in chosen.items()}
-        mask_randomly(self._layers, exact_counts(shapes, erk(shapes, self.config.initial_density, 0)), self._seed)
+        mask_randomly(self._layers, self._initial_counts(chosen), self._seed)
         for name, layer in self._layers.items():
             model.set_submodule(name, layer)
 

@@ -11,6 +11,7 @@ from edgewright.compress.choice import LayerChoice, check_divides
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from edgewright.compress.integer_linear import IntegerLinear
@@ -79,11 +80,15 @@ class IntegerConfig(LayerChoice):
     def finished(self) -> str:
         return "codes and scales"
 
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """EW-703: a row is not made of whole blocks."""
+        check_divides(layer, columns, self.block)
+
     def example(self, layer: str, rows: int, columns: int) -> LatticeTensor:
         from edgewright.compress.examples import example_lattice
 
         form = self.form()
-        check_divides(layer, columns, self.block)
+        self.check_layer(layer, rows, columns)
         low, high = form.codes
         return example_lattice(
             rows, columns, smallest=low, largest=high, levels=form.levels, group=self.block, precision=form.precision
@@ -100,6 +105,11 @@ class Integer(Method):
         self.config = config
         self._layers: dict[str, IntegerLinear] = {}
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.layers import choose
+
+        return choose(model, self.config, method=self.type)
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
@@ -108,12 +118,8 @@ class Integer(Method):
                 name no layer; EW-711, a layer belongs to another method.
         """
         from edgewright.compress.integer_linear import IntegerLinear
-        from edgewright.compress.layers import choose
 
-        chosen = choose(model, self.config, method=self.type)
-        for name, linear in chosen.items():
-            check_divides(name, linear.in_features, self.config.block)
-        for name, linear in chosen.items():
+        for name, linear in self.chosen(model).items():
             layer = IntegerLinear(linear, form=self.config.form(), block=self.config.block)
             model.set_submodule(name, layer)
             self._layers[name] = layer

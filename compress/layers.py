@@ -33,6 +33,8 @@ class CompressedLinear(nn.Module, ABC):
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    stored: bool = False
+    """Whether the model came with it, so that it is part of the architecture and belongs to no method of the stage."""
 
     @abstractmethod
     def effective_weight(self) -> Tensor:
@@ -61,23 +63,31 @@ def choose(model: PreTrainedModel, choice: LayerChoice, *, method: str, head: bo
         head: whether the output head is among them.
 
     Raises:
-        RecipeError: EW-708, a name stands for no linear layer; EW-711, a layer belongs to an earlier method.
+        RecipeError: EW-704, the model has no linear layers; EW-708, a name stands for none of them; EW-711, a layer
+            belongs to an earlier method; EW-713, the model came with factors there; what `check_layer` raises.
     """
     linears = {
         name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, CompressedLinear))
     }
     linears = {name: module for name, module in linears.items() if not _inside(name, linears)}
+    output = model.get_output_embeddings()
+    if all(module is output for module in linears.values()):
+        raise _none_there(model, method)
     for setting, patterns in (("layers", choice.layers), ("exclude", choice.exclude)):
         for pattern in patterns:
             _check_name(setting, pattern, linears)
-    output = model.get_output_embeddings()
     chosen = {}
     for name, module in linears.items():
         asked = not choice.layers or any(named(pattern, name) for pattern in choice.layers)
-        if not asked or any(named(pattern, name) for pattern in choice.exclude) or (module is output and not head):
+        if not asked or any(named(pattern, name) for pattern in choice.exclude):
+            continue
+        if module is output and not head:
+            if choice.layers:
+                raise _head_asked(name, method)
             continue
         if isinstance(module, CompressedLinear):
-            raise _taken(name, module.method, method)
+            raise _stored(name, module.method, method) if module.stored else _taken(name, module.method, method)
+        choice.check_layer(name, module.out_features, module.in_features)
         chosen[name] = module
     return chosen
 
@@ -147,6 +157,45 @@ def _check_name(setting: str, pattern: str, linears: Mapping[str, nn.Module]) ->
         expected=f"a layer's name or the last parts of it, such as {', '.join(last)}",
         found=pattern,
         fix=f"did you mean {near[0]!r}?" if near else "correct or remove it",
+    )
+
+
+def _none_there(model: nn.Module, method: str) -> RecipeError:
+    others = sorted({type(module).__name__ for module in model.modules() if _like_linear(module)})
+    return RecipeError(
+        "EW-704",
+        f"{method!r} finds no linear layer in this model but its output head",
+        expected="layers of torch.nn.Linear, as those of Llama, Qwen or Gemma",
+        found=f"its matrices are in {', '.join(others)}" if others else "none",
+        fix="train this architecture without a method, or take another one",
+    )
+
+
+def _like_linear(module: nn.Module) -> bool:
+    """Whether a module holds a matrix of its own, but is neither a linear layer nor a table."""
+    return not isinstance(module, (nn.Linear, nn.Embedding)) and any(
+        parameter.ndim == 2 for parameter in module.parameters(recurse=False)
+    )
+
+
+def _head_asked(layer: str, method: str) -> RecipeError:
+    return RecipeError(
+        "EW-708",
+        f"`layers` names the output head, {layer!r}, which {method!r} leaves alone",
+        expected="linear layers but the output head; ternary takes it with `head: true`",
+        found=layer,
+        fix="remove it from `layers`, or say `head: true` where the method is ternary",
+    )
+
+
+def _stored(layer: str, kind: str, method: str) -> RecipeError:
+    last = layer.rpartition(".")[2]
+    return RecipeError(
+        "EW-713",
+        f"{layer} is stored as factors already, which {method!r} cannot take",
+        expected="a plain linear layer",
+        found=f"what {kind!r} left in the model that this stage starts from",
+        fix=f"`exclude: [{last}]` here, no method at all, or in the earlier stage `merge: true` and `activation: none`",
     )
 
 

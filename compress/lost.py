@@ -73,15 +73,18 @@ class Lost(Method):
         """EW-721: no restart would ever come."""
         check_period("restart_every", self.config.restart_every, total_steps)
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.layers import choose
+
+        return choose(model, self.config, method=self.type)
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
         Raises:
             RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
         """
-        from edgewright.compress.layers import choose
-
-        linears = choose(model, self.config, method=self.type)
+        linears = self.chosen(model)
         ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
         for name, linear in linears.items():
             layer = self._split(linear, ranks[name])

@@ -105,16 +105,20 @@ class LowRank(Method):
         if self.config.relora is not None:
             check_period("merge_every", self.config.relora.merge_every, total_steps)
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.layers import choose
+
+        return choose(model, self.config, method=self.type)
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
         Raises:
             RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
         """
-        from edgewright.compress.layers import choose
         from edgewright.compress.relora import ReLoRALinear
 
-        linears = choose(model, self.config, method=self.type)
+        linears = self.chosen(model)
         ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
         for name, linear in linears.items():
             if self.config.relora is None:

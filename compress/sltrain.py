@@ -12,6 +12,7 @@ from edgewright.compress.restarts import Restarts, check_period, restart
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from edgewright.compress.sparse_lowrank import SparseLowRankLinear
@@ -58,16 +59,20 @@ class SLTrain(Method):
         """EW-721: no restart would ever come."""
         check_period("restart_every", self.config.restart_every, total_steps)
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.layers import choose
+
+        return choose(model, self.config, method=self.type)
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
         Raises:
             RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
         """
-        from edgewright.compress.layers import choose
         from edgewright.compress.sparse_lowrank import SparseLowRankLinear
 
-        linears = choose(model, self.config, method=self.type)
+        linears = self.chosen(model)
         ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
         for name, linear in linears.items():
             layer = SparseLowRankLinear(

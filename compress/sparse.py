@@ -27,6 +27,12 @@ class _Mask(BaseModel):
     def check_run(self, total_steps: int, density: float) -> None:
         """Refuse a run into which the mask's changes do not fit."""
 
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """Refuse a layer that cannot have such a mask."""
+
+    def check_model(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> None:
+        """Refuse layers that cannot have that density together; no weight is read."""
+
     def pruned(self, layers: Mapping[str, MaskedLinear], density: float, ctx: StepContext) -> Mapping[str, Tensor]:
         """The masks that change after this step, by layer."""
         return {}
@@ -40,19 +46,26 @@ class StaticMask(_Mask):
     """uniform: every layer alike (SPDF); erk: small layers denser; erk_plus: erk, with the output head, which stays
     dense, counted in the density."""
 
-    def build(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> dict[str, MaskedLinear]:
-        """Masked layers with their masks drawn from the run's seed.
+    def counts(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> Mapping[str, int]:
+        """How many weights each layer keeps.
 
         Raises:
             RecipeError: EW-726, a layer would keep nothing; EW-727, the dense head alone is too much.
         """
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in chosen.items()}
+        head = model.get_output_embeddings().weight.numel()
+        return exact_counts(shapes, DISTRIBUTIONS[self.distribution](shapes, density, head))
+
+    def check_model(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> None:
+        self.counts(model, chosen, density)
+
+    def build(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> dict[str, MaskedLinear]:
+        """Masked layers with their masks drawn from the run's seed; errors as `counts`."""
         import torch
 
         from edgewright.compress.masked import MaskedLinear, mask_randomly
 
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in chosen.items()}
-        head = model.get_output_embeddings().weight.numel()
-        counts = exact_counts(shapes, DISTRIBUTIONS[self.distribution](shapes, density, head))
+        counts = self.counts(model, chosen, density)
         layers = {name: MaskedLinear(linear, Sparse.type) for name, linear in chosen.items()}
         mask_randomly(layers, counts, torch.initial_seed())
         return layers
@@ -92,15 +105,16 @@ class GradualMask(_Mask):
             return {}
         return magnitude_masks(layers, schedule.density_after(done), self.floor)
 
-    def build(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> dict[str, MaskedLinear]:
-        """Masked layers in which nothing is masked yet.
-
-        Raises:
-            RecipeError: EW-726, there will be too few weights for all layers.
-        """
-        from edgewright.compress.masked import MaskedLinear, floors
+    def check_model(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> None:
+        """EW-726: there will be too few weights for all layers."""
+        from edgewright.compress.masked import floors
 
         floors({name: linear.weight.numel() for name, linear in chosen.items()}, density, self.floor)
+
+    def build(self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float) -> dict[str, MaskedLinear]:
+        """Masked layers in which nothing is masked yet."""
+        from edgewright.compress.masked import MaskedLinear
+
         return {name: MaskedLinear(linear, Sparse.type) for name, linear in chosen.items()}
 
 
@@ -111,25 +125,23 @@ class TwoOfFourMask(_Mask):
     decay: float = Field(default=2e-4, ge=0)
     """SR-STE: this much of each unused weight is added to its gradient, so that the mask settles; 0: plain STE."""
 
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """EW-729: a row is no multiple of four."""
+        if columns % 4:
+            raise RecipeError(
+                "EW-729",
+                f"the 2:4 pattern does not fit the rows of {layer}",
+                expected=f"a multiple of 4 columns, such as {columns // 4 * 4}",
+                found=columns,
+                fix=f"exclude: [{layer.rpartition('.')[2]}], or a model of other sizes",
+            )
+
     def build(
         self, model: PreTrainedModel, chosen: Mapping[str, nn.Linear], density: float
     ) -> Mapping[str, SparseLinear]:
-        """Layers that mask in the forward.
-
-        Raises:
-            RecipeError: EW-729, a row is no multiple of four.
-        """
+        """Layers that mask in the forward."""
         from edgewright.compress.semi_structured import SemiStructuredLinear
 
-        for name, linear in chosen.items():
-            if linear.in_features % 4:
-                raise RecipeError(
-                    "EW-729",
-                    f"the 2:4 pattern does not fit the rows of {name}",
-                    expected=f"a multiple of 4 columns, such as {linear.in_features // 4 * 4}",
-                    found=linear.in_features,
-                    fix=f"exclude: [{name.rpartition('.')[2]}], or a model of other sizes",
-                )
         return {name: SemiStructuredLinear(linear, Sparse.type, self.decay) for name, linear in chosen.items()}
 
 
@@ -151,6 +163,10 @@ class SparseConfig(LayerChoice):
         if self.mask.type == "2:4" and self.density != 0.5:
             raise ValueError("a 2:4 mask has the density 0.5")
         return self
+
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """EW-729: the layer cannot have a 2:4 mask."""
+        self.mask.check_layer(layer, rows, columns)
 
     def build(self) -> Sparse:
         return Sparse(self)
@@ -177,17 +193,22 @@ class Sparse(Method):
         """EW-728 where the pruning schedule does not fit."""
         self.config.mask.check_run(total_steps, self.config.density)
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.layers import choose
+
+        chosen = choose(model, self.config, method=self.type)
+        self.config.mask.check_model(model, chosen, self.config.density)
+        return chosen
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
         Raises:
             RecipeError: EW-708, EW-711, see `choose`; EW-726, EW-727, EW-729, see the masks.
         """
-        from edgewright.compress.layers import choose
         from edgewright.compress.masked import MaskedLinear
 
-        chosen = choose(model, self.config, method=self.type)
-        self._layers = self.config.mask.build(model, chosen, self.config.density)
+        self._layers = self.config.mask.build(model, self.chosen(model), self.config.density)
         self._masked = {name: layer for name, layer in self._layers.items() if isinstance(layer, MaskedLinear)}
         for name, layer in self._layers.items():
             model.set_submodule(name, layer)

@@ -16,6 +16,7 @@ from edgewright.errors import RecipeError
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from edgewright.compress.ternary_linear import TernaryLinear
@@ -68,6 +69,10 @@ class TernaryConfig(LayerChoice):
         """What the columns of every layer must be a multiple of."""
         return self.group if self.granularity == "group" else QUANTIZERS[self.quantizer].columns
 
+    def check_layer(self, layer: str, rows: int, columns: int) -> None:
+        """EW-703: a row is not made of whole groups."""
+        check_divides(layer, columns, self.whole())
+
     def finished(self) -> str:
         return "codes and scales"
 
@@ -75,7 +80,7 @@ class TernaryConfig(LayerChoice):
         from edgewright.compress.examples import example_lattice
 
         rule = QUANTIZERS[self.quantizer]
-        check_divides(layer, columns, self.whole())
+        self.check_layer(layer, rows, columns)
         return example_lattice(
             rows,
             columns,
@@ -101,6 +106,16 @@ class Ternary(Method):
         self._layers: dict[str, TernaryLinear] = {}
         self._bias_settings: dict[str, bool] = {}
 
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        from edgewright.compress.biases import settings_for_biases
+        from edgewright.compress.layers import choose
+
+        self._check_head(model)
+        chosen = choose(model, self.config, method=self.type, head=self.config.head)
+        if QUANTIZERS[self.config.quantizer].dead_bias:
+            settings_for_biases(model, chosen)
+        return chosen
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Swap the linear layers.
 
@@ -110,14 +125,10 @@ class Ternary(Method):
                 another method; EW-732, the architecture has no place for Tequila's bias.
         """
         from edgewright.compress.biases import settings_for_biases
-        from edgewright.compress.layers import choose
         from edgewright.compress.ternary_linear import TernaryLinear
 
         config = self.config
-        self._check_head(model)
-        chosen = choose(model, config, method=self.type, head=config.head)
-        for name, linear in chosen.items():
-            check_divides(name, linear.in_features, config.whole())
+        chosen = self.chosen(model)
         rule = QUANTIZERS[config.quantizer]
         if rule.dead_bias:
             self._bias_settings = settings_for_biases(model, chosen)

@@ -210,7 +210,12 @@ class _Checker:
             self._look_at_lattice(stage, ahead)
 
     def _preview(self, stage: StageConfig) -> Preview | None:
-        """What its methods would get; None when what it starts from cannot be opened."""
+        """What its methods would get; None when what it starts from cannot be opened.
+
+        Without any method in the recipe there is nothing to see, and torch is not imported.
+        """
+        if not any(other.methods for other in self.recipe.stages):
+            return None
         from edgewright.preview import architecture, preview
 
         start = stage.student

@@ -83,7 +83,7 @@ def save(
 
     from edgewright.compress.factored_model import mark
 
-    final = directory / f"step-{state.step:08d}"
+    final = directory_of(directory, state.step)
     temporary = directory / f".tmp-{os.getpid()}-{final.name}"
     _remove_leftovers(directory)
     try:
@@ -115,6 +115,11 @@ def save(
     if problem:
         raise OSError(f"{final}: the checkpoint just written does not read back: {problem}")
     return final
+
+
+def directory_of(directory: Path, step: int) -> Path:
+    """Where in a stage's `checkpoints` that of a step lies, or would."""
+    return directory / f"step-{step:08d}"
 
 
 def broken(checkpoint: Path) -> str | None:

@@ -9,7 +9,7 @@ Shapes: N tokens, H hidden size, V vocabulary, C rows of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,14 +29,29 @@ class Head:
     """The output head as the objectives see it: `head(hidden)` gives logits in float32.
 
     `weight` [V, H] is the *effective* weight (already fake-quantized or merged where a method says so), so gradients
-    flow through whatever produced it. `bias` is [V] or None.
+    flow through whatever produced it. `bias` is [V] or None. With z = `scale` (weight h + bias) the logits are z, or
+    c tanh(z / c) where there is a `cap` c (Gemma 2, arXiv 2408.00118, section 2).
     """
 
     weight: Tensor
     bias: Tensor | None
+    scale: float = 1.0
+    cap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight.to(hidden.dtype), _cast(self.bias, hidden.dtype)).float()
+        return self.shaped(F.linear(hidden, self.weight.to(hidden.dtype), _cast(self.bias, hidden.dtype)).float())
+
+    def shaped(self, product: Tensor) -> Tensor:
+        """The logits from float32 weight h + bias, whose memory they take."""
+        if self.scale != 1.0:
+            product.mul_(self.scale)
+        return product if self.cap is None else product.div_(self.cap).tanh_().mul_(self.cap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d (weight h + bias), from the logits: scale (1 - (logits / c)^2)."""
+        if self.cap is None:
+            return self.scale
+        return logits.div(self.cap).square_().neg_().add_(1.0).mul_(self.scale)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -60,10 +75,10 @@ def chunked_loss(
         (loss [], parts [P]); only the loss carries gradient.
     """
     if torch.is_grad_enabled():
-        loss, values = _ChunkedLoss.apply(hidden, head.weight, head.bias, rule, parts, dtype)
+        loss, values = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, rule, parts, dtype)
         return loss, values
     values = torch.zeros(parts, device=hidden.device)
-    compute = Head(head.weight.to(dtype), _cast(head.bias, dtype))
+    compute = replace(head, weight=head.weight.to(dtype), bias=_cast(head.bias, dtype))
     rows = chunk_rows(head.weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         window = slice(start, min(start + rows, hidden.shape[0]))
@@ -74,7 +89,14 @@ def chunked_loss(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: ChunkRule, parts: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        rule: ChunkRule,
+        parts: int,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         compute_weight, compute_bias = weight.to(dtype), _cast(bias, dtype)
         hidden_gradient = torch.empty_like(hidden)
@@ -85,9 +107,12 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             window = slice(start, min(start + rows, hidden.shape[0]))
             chunk = hidden[window].to(dtype)
-            logits = F.linear(chunk, compute_weight, compute_bias).float()
+            logits = head.shaped(F.linear(chunk, compute_weight, compute_bias).float())
+            slope = head.slope(logits)
             losses, gradient = rule(logits, window)
             values += losses
+            if head.scale != 1.0 or head.cap is not None:
+                gradient *= slope
             if bias_gradient is not None:
                 bias_gradient += gradient.sum(0)
             gradient = gradient.to(dtype)
@@ -114,6 +139,7 @@ class _ChunkedLoss(torch.autograd.Function):
             hidden_gradient.mul_(loss_gradient),
             weight_gradient.mul_(loss_gradient).to(weight_dtype),
             None if bias_gradient is None else bias_gradient.mul_(loss_gradient).to(bias_dtype),
+            None,
             None,
             None,
             None,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from edgewright.export.lattice import LatticeTensor
@@ -67,6 +68,16 @@ class Method(ABC):
         if cls.type in Method.registry:
             raise TypeError(f"the method {cls.type!r} is defined twice: was `compress` imported without `edgewright.`?")
         Method.registry[cls.type] = cls
+
+    @abstractmethod
+    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
+        """The layers that `prepare` changes, by name. It changes nothing and reads no weight: they may be on meta.
+
+        So a run learns before its first stage what would stop its last one.
+
+        Raises:
+            RecipeError: all that `prepare` raises.
+        """
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> None:

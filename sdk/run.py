@@ -116,6 +116,7 @@ class _Run:
         for stage in self.recipe.stages:
             check_same_recipe(self.recipe, stage, corpus, self.directory / "stages" / stage.name)
         _write_provenance(self.source, self.recipe, self.directory)
+        self._look_ahead(corpus)
         stages: dict[str, StageResult] = {}
         for stage in self.recipe.stages:
             models = {name: result.model for name, result in stages.items()}
@@ -126,6 +127,15 @@ class _Run:
         results = self._results(corpus, stages, artifacts)
         page = report(self.directory)
         return RunResult(directory=self.directory, report=page.path, results=results)
+
+    def _look_ahead(self, corpus: Corpus) -> None:
+        """Refuse now what would stop a later stage."""
+        from edgewright.preview import check_stages
+
+        folders = {stage.name: self.directory / "stages" / stage.name for stage in self.recipe.stages}
+        finished = {name: folder / "model" for name, folder in folders.items() if (folder / "done.json").exists()}
+        if len(finished) < len(folders):
+            check_stages(self.recipe, corpus.vocab_size, finished)
 
     def _export(self, models: dict[str, Path]) -> dict[str, Path]:
         """Every export of the recipe that is not there yet, certified; paths by export name."""
@@ -237,7 +247,8 @@ class _Run:
             "warnings": [*warnings, *_fallback_warnings(rows)],
             "data": corpus.report,
             "stages": [
-                {"name": s.name, "steps": s.steps, "tokens": s.tokens, "seconds": s.seconds} for s in stages.values()
+                {"name": s.name, "steps": s.steps, "tokens": s.tokens, "seconds": s.seconds, "methods": s.methods}
+                for s in stages.values()
             ],
         }
 

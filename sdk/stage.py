@@ -20,6 +20,7 @@ from edgewright.student import (
     PresetStudentConfig,
     StageStudentConfig,
     build_preset,
+    check_head,
     load_model,
     without_progress_bars,
 )
@@ -99,6 +100,7 @@ def train_stage(
     _same_machine(state, say)
     torch.manual_seed(recipe.seed)
     model.to(state.decisions["device"])
+    check_head(model, f"start of stage {stage.name}")
     methods: list[Method] = [config.build() for config in stage.methods]
     for method in methods:
         method.check_run(steps)
@@ -158,10 +160,21 @@ def train_stage(
     return result
 
 
-def trained_form(stage: Path) -> Path:
-    """The weights that a finished stage trained (latents, where a method has them), to go on from."""
-    newest = checkpoint.newest(stage / "checkpoints", lambda line: None)
-    return stage / "model" if newest is None else newest / "model"
+def trained_form(stage: Path, say: Callable[[str], None]) -> Path:
+    """The weights that a finished stage trained (latents, where a method has them), to go on from.
+
+    They are in the checkpoint of its last step, and nowhere else; an older one would be another model. Where that is
+    damaged the finished model stands in, loudly: it is of the same step, but rounded where a method quantizes.
+    """
+    last = checkpoint.directory_of(stage / "checkpoints", _read_result(stage / "done.json").steps)
+    problem = checkpoint.broken(last)
+    if problem is None:
+        return last / "model"
+    say(
+        f"warning: {last.name}, the last checkpoint of stage {stage.name}, is damaged ({problem}): going on from its "
+        "finished model, in which quantized weights are rounded"
+    )
+    return stage / "model"
 
 
 def model_of(config: CheckpointStudentConfig | StageStudentConfig, earlier: dict[str, Path]) -> Path:
@@ -189,7 +202,7 @@ def _student(
         before = recipe.stage(config.stage)
         assert before is not None, "the recipe was checked"
         if all(method.build().keeps_names for method in before.methods):
-            directory = trained_form(directory.parent)
+            directory = trained_form(directory.parent, say)
     if stage.methods and (directory / SIDECAR).exists():
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
     for note in lost_weights(stage):
@@ -244,20 +257,23 @@ def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say
 
 def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> list[MethodReport]:
     """Let every method change the model; one that changes nothing is an error."""
+    from edgewright.preview import changed_nothing
+
     reports = []
     for method in methods:
         method.prepare(model)
         report = method.describe(model)
         if report.changed == 0:
-            raise RecipeError(
-                "EW-704",
-                f"the method {method.type!r} changed no layer of this model",
-                fix="remove it from the recipe, or exclude fewer layers",
-            )
-        figures = ", ".join(f"{key} {value:,.4g}" for key, value in report.numbers.items())
+            raise changed_nothing(method.type)
+        figures = ", ".join(f"{key} {_figure(value)}" for key, value in report.numbers.items())
         say(f"{method.type}: {report.changed} layers ({figures}); left alone: {', '.join(report.skipped) or 'none'}")
         reports.append(report)
     return reports
+
+
+def _figure(value: float) -> str:
+    """Counts in full, shares with four digits."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def _write_model(

@@ -15,7 +15,7 @@ from edgewright.paths import RecipePath
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from edgewright.chunked import Head
     from edgewright.objective import ModelInputs
@@ -93,18 +93,15 @@ StudentConfig = Annotated[
 ]
 
 
-def build_preset(
-    config: PresetStudentConfig, *, vocab_size: int, max_position_embeddings: int, bos: int, eos: int, seed: int
-) -> PreTrainedModel:
-    """A new Llama with Hugging Face's own initialisation (normal, 0.02), reproducible from `seed`.
+def preset_config(
+    config: PresetStudentConfig, *, vocab_size: int, max_position_embeddings: int, bos: int, eos: int
+) -> PretrainedConfig:
+    """The architecture of a preset: a Llama, or with `sub_norm` a BitNet that differs by two further norms only.
 
-    With `sub_norm` a BitNet that is a Llama but for its two further norms; it has no `quantization_config`, so that
-    transformers leaves its weights alone.
+    It has no `quantization_config`, so that transformers leaves its weights alone.
     """
-    import torch
-    from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import BitNetConfig, LlamaConfig
 
-    torch.manual_seed(seed)
     settings: dict[str, Any] = {
         **config.sizes(),
         "vocab_size": vocab_size,
@@ -117,9 +114,21 @@ def build_preset(
         "pad_token_id": None,
         "attn_implementation": "sdpa",
     }
-    if config.sub_norm:
-        return BitNetForCausalLM(BitNetConfig(**settings, hidden_act="silu"))
-    return LlamaForCausalLM(LlamaConfig(**settings))
+    return BitNetConfig(**settings, hidden_act="silu") if config.sub_norm else LlamaConfig(**settings)
+
+
+def build_preset(
+    config: PresetStudentConfig, *, vocab_size: int, max_position_embeddings: int, bos: int, eos: int, seed: int
+) -> PreTrainedModel:
+    """A new model with Hugging Face's own initialisation (normal, 0.02), reproducible from `seed`."""
+    import torch
+    from transformers import BitNetForCausalLM, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings: Any = preset_config(
+        config, vocab_size=vocab_size, max_position_embeddings=max_position_embeddings, bos=bos, eos=eos
+    )
+    return BitNetForCausalLM(settings) if config.sub_norm else LlamaForCausalLM(settings)
 
 
 @contextmanager
@@ -187,6 +196,10 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
     return opened
 
 
+SCALES_LOGITS = frozenset({"cohere", "cohere2"})
+"""Families that multiply their logits by `logit_scale`; elsewhere a setting of that name means other things."""
+
+
 def hidden_states(model: PreTrainedModel, inputs: ModelInputs) -> Tensor:
     """The last hidden states after the final norm, [N, H]."""
     output = model.base_model(
@@ -223,6 +236,53 @@ def output_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Hea
             fix="exclude the head from the method that replaced it",
         )
     bias = layer.bias
+    scale, cap = logit_shape(model)
     return Head(
-        weight if dtype is None else weight.to(dtype), bias if bias is None or dtype is None else bias.to(dtype)
+        weight if dtype is None else weight.to(dtype),
+        bias if bias is None or dtype is None else bias.to(dtype),
+        scale=scale,
+        cap=cap,
     )
+
+
+def logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What the architecture does with the head's output: a factor, and a cap (`Head.scale`, `Head.cap`)."""
+    settings = model.config.get_text_config().to_dict()
+    scale = settings.get("logit_scale") if settings["model_type"] in SCALES_LOGITS else None
+    divisor = settings.get("logits_scaling")
+    return (1.0 if scale is None else scale) / (1.0 if divisor is None else divisor), settings.get(
+        "final_logit_softcapping"
+    )
+
+
+def check_head(model: PreTrainedModel, where: str) -> None:
+    """Refuse a model whose logits are not those of its hidden states and its head, on a few tokens.
+
+    Training, evaluation and distillation compute logits in chunks with `output_head`; a family that does something of
+    its own after the head would be trained for another function than the one it has.
+
+    Args:
+        where: the model's part in the run, for the message.
+
+    Raises:
+        RecipeError: EW-712; EW-707 as `output_head`.
+    """
+    import torch
+
+    from edgewright.objective import ModelInputs
+
+    ids = torch.arange(min(8, model.config.get_text_config().vocab_size), device=model.device)[None]
+    inputs = ModelInputs(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = output_head(model)(hidden_states(model, inputs))
+    difference, size = (own - ours).abs().max().item(), own.abs().max().item()
+    if not difference <= 1e-3 * max(1.0, size):
+        raise RecipeError(
+            "EW-712",
+            f"{model.config.model_type} does something with its logits that training does not know",
+            where=where,
+            expected="logits = scale * (W h + b), perhaps capped by a tanh",
+            found=f"logits that differ by {difference:.3g}, where the largest is {size:.3g}",
+            fix="take a model of another family, such as Llama, Qwen, Gemma or Mistral",
+        )

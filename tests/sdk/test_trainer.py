@@ -374,7 +374,7 @@ def test_a_later_stage_goes_on_from_the_latent_weights(distilled, tmp_path):
     from edgewright.stage import trained_form
 
     _, run = distilled
-    latent = load_file(trained_form(run / "stages/student") / "model.safetensors")
+    latent = load_file(trained_form(run / "stages/student", print) / "model.safetensors")
     plain = load_file(run / "stages/student/model/model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert len(plain[name][0].unique()) <= 3 < len(latent[name][0].unique())

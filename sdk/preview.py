@@ -1,0 +1,152 @@
+"""What the methods of every stage will get, before any is trained: architectures without weights, stage after stage."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.compress.layers import CompressedLinear, skipped
+from edgewright.errors import RecipeError
+from edgewright.student import PresetStudentConfig, StageStudentConfig, preset_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from edgewright.compress.choice import LayerChoice
+    from edgewright.recipe import MethodConfig, Recipe, StageConfig
+
+Shapes = dict[str, tuple[int, int]]
+"""[out, in] of linear layers, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """A stage that has not been trained yet."""
+
+    shares: tuple[tuple[LayerChoice, Shapes], ...]
+    """Every method's settings and the layers that it will get."""
+    alone: tuple[str, ...]
+    """The linear layers, but the output head, that no method gets."""
+    left: PreTrainedModel
+    """The architecture that the stage leaves, on meta."""
+
+
+class Reserved(CompressedLinear):
+    """Stands for a layer that a method will represent; it computes nothing."""
+
+    def __init__(self, linear: nn.Linear, method: str, *, stored: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.method = method
+        self.stored = stored
+
+    def effective_weight(self) -> Tensor:
+        raise ValueError("a preview has no weights")
+
+    def flops(self) -> int:
+        return 2 * self.in_features * self.out_features
+
+
+def check_stages(recipe: Recipe, vocab_size: int, finished: Mapping[str, Path]) -> None:
+    """Refuse a recipe of which a later stage could not begin, before the first one is trained.
+
+    Args:
+        recipe: the whole of it.
+        vocab_size: of the corpus.
+        finished: model directories of the stages that are done.
+
+    Raises:
+        RecipeError: as `preview` does, at the first stage that cannot begin.
+    """
+    left: dict[str, PreTrainedModel] = {}
+    for stage in recipe.stages:
+        if stage.name in finished:
+            left[stage.name] = stored_architecture(finished[stage.name])
+        else:
+            left[stage.name] = preview(recipe, stage, architecture(recipe, stage, vocab_size, left)).left
+
+
+def architecture(
+    recipe: Recipe, stage: StageConfig, vocab_size: int, left: Mapping[str, PreTrainedModel]
+) -> PreTrainedModel:
+    """The model that a stage starts from, on meta.
+
+    Args:
+        left: what the stages before it leave, by name.
+    """
+    from edgewright.compress.factored_model import empty_model
+
+    student = stage.student
+    if isinstance(student, StageStudentConfig):
+        return copy.deepcopy(left[student.stage])
+    if not isinstance(student, PresetStudentConfig):
+        return stored_architecture(student.model)
+    length = recipe.data.sequence_length
+    config = preset_config(student, vocab_size=vocab_size, max_position_embeddings=length, bos=0, eos=0)
+    model = empty_model(config, torch.float32)
+    model.tie_weights()
+    return model
+
+
+def stored_architecture(directory: Path) -> PreTrainedModel:
+    """The model of a directory, on meta.
+
+    Raises:
+        BadInput, Unsafe: the directory is no model, see `guard.check_model_directory`.
+    """
+    from edgewright.compress.factor_format import factored_layers
+    from edgewright.compress.factored_model import empty_model, put_factors
+    from edgewright.export.architecture import open_config
+    from edgewright.export.guard import check_model_directory, read_json
+
+    check_model_directory(directory)
+    model = empty_model(open_config(directory), torch.float32)
+    model.tie_weights()
+    put_factors(model, factored_layers(read_json(directory / "config.json")))
+    return model
+
+
+def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Preview:
+    """Share the layers of a model out to the methods of a stage as training will; `model` is used up.
+
+    Raises:
+        RecipeError: what `Method.check_run` and `Method.chosen` raise; EW-704, a method gets no layer.
+    """
+    steps = stage.budget.steps(stage.training.tokens_per_step(recipe.data.sequence_length))
+    taken: list[tuple[MethodConfig, dict[str, nn.Linear]]] = []
+    for config in stage.methods:
+        method = config.build()
+        method.check_run(steps)
+        layers = method.chosen(model)
+        if not layers:
+            raise changed_nothing(config.type)
+        for name, linear in layers.items():
+            model.set_submodule(name, Reserved(linear, config.type))
+        taken.append((config, layers))
+    head = model.get_output_embeddings()
+    alone = tuple(name for name in skipped(model) if model.get_submodule(name) is not head)
+    for config, layers in taken:
+        for name, linear in layers.items():
+            kept = Reserved(linear, config.type, stored=True) if config.keeps_factors else linear
+            model.set_submodule(name, kept)
+    return Preview(shares=tuple((config, _shapes(layers)) for config, layers in taken), alone=alone, left=model)
+
+
+def changed_nothing(method: str) -> RecipeError:
+    """EW-704, for a method that gets no layer."""
+    return RecipeError(
+        "EW-704",
+        f"the method {method!r} changed no layer of this model",
+        fix="remove it from the recipe, or exclude fewer layers",
+    )
+
+
+def _shapes(layers: Mapping[str, nn.Linear]) -> Shapes:
+    return {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
