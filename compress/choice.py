@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -32,6 +33,15 @@ class LayerChoice(BaseModel):
     def starts_anew(self) -> bool:
         """Whether the method draws new weights, whatever is there: those of a checkpoint would be lost."""
         return False
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the weights that are there stay as they are for a while, so that random ones are a bad start."""
+        return False
+
+    def left_behind(self, after: Sequence[LayerChoice]) -> str | None:
+        """What the method trains beside the weights and a next stage, with those methods, does not go on from."""
+        return None
 
     def check_layer(self, layer: str, rows: int, columns: int) -> None:
         """Refuse a layer, [rows, columns], that the method cannot take, by its name.

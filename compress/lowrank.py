@@ -78,6 +78,10 @@ class LowRankConfig(RankChoice, Restarts):
     def starts_anew(self) -> bool:
         return self.init == "cola"
 
+    @property
+    def freezes(self) -> bool:
+        return self.relora is not None
+
     def finished(self) -> str:
         return FACTORS if self.keeps_factors else super().finished()
 

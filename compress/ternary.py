@@ -1,11 +1,14 @@
 """Ternary quantization-aware training: linear weights in {-s, 0, s}, from scratch or from a checkpoint.
 
 Continuation of a full-precision model (BitCPM4's two stages, arXiv 2506.07900) is a second stage with `student: {type:
-stage}` and a schedule of its own: it starts from the weights of the first, and warms its learning rate up again.
+stage}` and a schedule of its own: it starts from the weights of the first, and warms its learning rate up again. The
+latent weights go on, also from one ternary stage to the next; learned scales do not (the next stage takes its own from
+the weights), and Tequila's bias only to another stage of Tequila, which makes it of the same weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -56,10 +59,7 @@ class TernaryConfig(LayerChoice):
         if self.granularity != "group" and self.group != GROUP:  # the resolved recipe spells out the default
             raise ValueError(f"group is of granularity: group alone, not of {self.granularity}")
         if self.head and self.quantize_activations:
-            raise ValueError(
-                "quantize_activations does not reach the head, whose product belongs to the objective: set head: false,"
-                " or train the head in a section of its own, ternary with layers: [lm_head] and head: true"
-            )
+            raise ValueError("quantize_activations does not reach the head: leave out one of the two")
         return self
 
     def build(self) -> Ternary:
@@ -72,6 +72,13 @@ class TernaryConfig(LayerChoice):
     def check_layer(self, layer: str, rows: int, columns: int) -> None:
         """EW-703: a row is not made of whole groups."""
         check_divides(layer, columns, self.whole())
+
+    def left_behind(self, after: Sequence[LayerChoice]) -> str | None:
+        """Learned scales always, since every layer starts from those of its weights; Tequila's bias but for Tequila."""
+        if QUANTIZERS[self.quantizer].learned:
+            return "the learned scales"
+        again = any(isinstance(method, TernaryConfig) and method.quantizer == self.quantizer for method in after)
+        return "the biases of dead weights" if QUANTIZERS[self.quantizer].dead_bias and not again else None
 
     def finished(self) -> str:
         return "codes and scales"

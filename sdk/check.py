@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgewright._verbs import VerbModule
+from edgewright.continuation import start_notes
 from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
 from edgewright.exactness import count_parameters, held_by, not_held, not_rounded, on_no_lattice, trained_lattices
 
@@ -191,8 +192,6 @@ class _Checker:
 
     def _stage(self, stage: StageConfig) -> Iterator[str]:
         """Parameters of the student, then whether everything speaks the data's tokens."""
-        from edgewright.stage import lost_weights
-
         count = self._count(stage.student)
         if count is not None:
             self.parameters[stage.name] = count
@@ -202,7 +201,7 @@ class _Checker:
             self.left[stage.name] = ahead.left
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
         yield f"{size}, {methods}, {stage.objective.type}"
-        yield from lost_weights(stage)
+        yield from start_notes(self.recipe, stage)
         for owner, role, config in self._taught():
             if owner is stage and config.type == "checkpoint" and config.model in self.sound:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")

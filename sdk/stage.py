@@ -7,11 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright import checkpoint
+from edgewright.continuation import goes_on_from_latents, start_notes, without_load_report
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
 from edgewright.metrics import Metrics
@@ -186,6 +188,8 @@ def _student(
     recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]
 ) -> PreTrainedModel:
     config = stage.student
+    for note in start_notes(recipe, stage):
+        say(f"note: {note}")
     if isinstance(config, PresetStudentConfig):
         return build_preset(
             config,
@@ -201,15 +205,15 @@ def _student(
     if isinstance(config, StageStudentConfig):
         before = recipe.stage(config.stage)
         assert before is not None, "the recipe was checked"
-        if all(method.build().keeps_names for method in before.methods):
+        if goes_on_from_latents(before):
             directory = trained_form(directory.parent, say)
     if stage.methods and (directory / SIDECAR).exists():
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
-    for note in lost_weights(stage):
-        say(f"note: {note}")
     for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
         say(f"note: {note}")
-    model = load_model(directory)
+    ours = isinstance(config, StageStudentConfig)
+    with without_load_report() if ours else nullcontext():
+        model = load_model(directory)
     if model.config.vocab_size < corpus.vocab_size:
         raise BadInput(
             "EW-702",
@@ -231,18 +235,6 @@ def _student(
     return model
 
 
-def lost_weights(stage: StageConfig) -> list[str]:
-    """A line for each method that would draw new weights in the place of those that the stage starts from."""
-    if isinstance(stage.student, PresetStudentConfig):
-        return []
-    return [
-        f"{method.type} draws new weights for its layers: those of the {stage.student.type} are not used there; "
-        "init: spectral starts from them"
-        for method in stage.methods
-        if method.starts_anew
-    ]
-
-
 def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:
     from edgewright.objective import NextTokenConfig
 
@@ -258,6 +250,7 @@ def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say
 def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> list[MethodReport]:
     """Let every method change the model; one that changes nothing is an error."""
     from edgewright.preview import changed_nothing
+    from edgewright.report_text import figures
 
     reports = []
     for method in methods:
@@ -265,15 +258,9 @@ def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str],
         report = method.describe(model)
         if report.changed == 0:
             raise changed_nothing(method.type)
-        figures = ", ".join(f"{key} {_figure(value)}" for key, value in report.numbers.items())
-        say(f"{method.type}: {report.changed} layers ({figures}); left alone: {', '.join(report.skipped) or 'none'}")
+        say(f"{method.type}: {report.changed} layers ({figures(report.numbers)}); left alone: {', '.join(report.skipped) or 'none'}")
         reports.append(report)
     return reports
-
-
-def _figure(value: float) -> str:
-    """Counts in full, shares with four digits."""
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def _write_model(
