@@ -120,6 +120,8 @@ class StageResult(Part):
     steps: int | None = None
     tokens: int | None = None
     seconds: Number = None
+    methods: dict[str, dict[str, float]] = Field(default_factory=dict)
+    """What each method changed, in numbers."""
 
 
 class Results(Part):
@@ -160,6 +162,8 @@ class StageRecord:
     """The most bytes that a step saw in use."""
     events: list[dict[str, object]]
     unreadable_lines: int
+    methods: dict[str, dict[str, float]]
+    """What each method changed, in numbers; empty until the run is finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,6 +326,7 @@ def _read_stage(folder: Path, sums: StageResult | None, budget: object) -> Stage
         memory=max(memory, default=None),
         events=[line for line in lines if line.get("event", "teacher") != "teacher"],
         unreadable_lines=unreadable,
+        methods=sums.methods if sums else {},
     )
 
 

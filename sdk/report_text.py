@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 MISSING = "–"
 SIZE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -96,3 +98,10 @@ def duration(seconds: float | None) -> str:
 def ratio(value: float) -> str:
     """A factor: 5.4×, 12×."""
     return f"{value:.1f}×" if value < 9.95 else f"{value:.0f}×"
+
+
+def figures(numbers: Mapping[str, float]) -> str:
+    """A method's numbers by name: counts in full, shares with four digits."""
+    return ", ".join(
+        f"{name} {value:,.0f}" if value.is_integer() else f"{name} {value:.4g}" for name, value in numbers.items()
+    )

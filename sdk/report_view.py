@@ -329,6 +329,7 @@ def stage_facts(stage: StageRecord) -> list[tuple[str, str]]:
         ("peak memory", say.size(stage.memory)),
         ("last loss", say.bits(stage.loss[-1]) if stage.loss else say.MISSING),
         ("held-out", f"{say.bits(stage.bits_per_byte[-1])} bits per byte" if stage.bits_per_byte else say.MISSING),
+        *((method, say.figures(numbers)) for method, numbers in stage.methods.items()),
     ]
     return [(name, value) for name, value in facts if value != say.MISSING]
 

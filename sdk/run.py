@@ -177,7 +177,7 @@ class _Run:
     def _results(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
         """Measure everything, once: `results.json` remembers what it was measured from."""
         target = self.directory / "results.json"
-        key = self._measured_from(corpus, artifacts)
+        key = self._measured_from(corpus, stages, artifacts)
         if target.exists():
             before: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
             if before.get("measured_from") == key:
@@ -188,14 +188,21 @@ class _Run:
         write_json(target, results)
         return results
 
-    def _measured_from(self, corpus: Corpus, artifacts: dict[str, Path]) -> dict[str, Any]:
+    def _measured_from(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
         from edgewright.export.artifact import read_entry
+        from edgewright.export.source import weights_sha256
         from edgewright.machine import describe_machine
 
         recipe = self.recipe.model_dump(mode="json", include={"evaluate", "bench", "sample"})
         entries = {name: read_entry(path) for name, path in artifacts.items()}
         hashes = {name: None if entry is None else entry["sha256"] for name, entry in entries.items()}
-        measured = {"recipe": recipe, "artifacts": hashes, "data": corpus.fingerprint, "machine": describe_machine()}
+        measured = {
+            "recipe": recipe,
+            "stages": {name: weights_sha256(stage.model) for name, stage in stages.items()},
+            "artifacts": hashes,
+            "data": corpus.fingerprint,
+            "machine": describe_machine(),
+        }
         return json.loads(json.dumps(measured))
 
     def _measure(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:

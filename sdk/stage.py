@@ -258,7 +258,8 @@ def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str],
         report = method.describe(model)
         if report.changed == 0:
             raise changed_nothing(method.type)
-        say(f"{method.type}: {report.changed} layers ({figures(report.numbers)}); left alone: {', '.join(report.skipped) or 'none'}")
+        alone = ", ".join(report.skipped) or "none"
+        say(f"{method.type}: {report.changed} layers ({figures(report.numbers)}); left alone: {alone}")
         reports.append(report)
     return reports
 

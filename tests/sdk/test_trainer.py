@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -378,6 +379,21 @@ def test_a_later_stage_goes_on_from_the_latent_weights(distilled, tmp_path):
     plain = load_file(run / "stages/student/model/model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert len(plain[name][0].unique()) <= 3 < len(latent[name][0].unique())
+
+
+def test_a_damaged_last_checkpoint_is_not_replaced_by_an_older_one(distilled, tmp_path):
+    """The finished model is of the last step, so it stands in, and the run says so."""
+    from edgewright.stage import trained_form
+
+    stage = shutil.copytree(distilled[1] / "stages/student", tmp_path / "student")
+    lines = []
+    last = stage / "checkpoints/step-00000008"
+    assert trained_form(stage, lines.append) == last / "model" and not lines
+    data = bytearray((last / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (last / "optimizer.safetensors").write_bytes(data)
+    assert trained_form(stage, lines.append) == stage / "model"
+    assert len(lines) == 1 and "step-00000008" in lines[0] and "optimizer.safetensors has changed" in lines[0]
 
 
 def test_a_ternary_run_resumes_with_the_same_bits(distilled, tmp_path):

@@ -1,0 +1,115 @@
+"""What would stop a later stage is found before the first is trained, by `check` and by `run`, for the same reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from tiny_run import write_recipe
+
+import edgewright
+from edgewright.check import check
+from edgewright.errors import RecipeError
+from edgewright.preview import preview, stored_architecture
+from edgewright.recipe import load_recipe
+
+LATE = {
+    "EW-703": {"type": "ternary", "granularity": "group", "group": 256},
+    "EW-704": {"type": "ternary", "exclude": [f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")]},
+    "EW-708": {"type": "ternary", "exclude": ["dwn_proj"]},
+    "EW-709": {"type": "ternary", "head": True},
+    "EW-720": {"type": "lowrank", "rank": 65},
+    "EW-721": {"type": "lowrank", "rank": 8, "restart_every": 7, "rewarm_steps": 1},
+    "EW-726": {"type": "sparse", "density": 1e-5},
+    "EW-727": {"type": "sparse", "density": 0.01, "mask": {"type": "static", "distribution": "erk_plus"}},
+    "EW-728": {"type": "sparse", "mask": {"type": "gradual", "prune_every": 100}},
+}
+
+
+def overrides(folder: Path, *methods: dict[str, object]) -> list[str]:
+    return [
+        f"stages.student.methods={json.dumps(methods)}",
+        "stages.student.objective={type: next_token}",
+        f"output_dir={folder / 'run'}",
+    ]
+
+
+def refused(folder: Path, *changes: str) -> RecipeError:
+    """The error that `check` and `run` both give; nothing was trained."""
+    recipe = write_recipe(folder, ternary=True)
+    (found,) = check(recipe, *changes).errors
+    with pytest.raises(RecipeError) as raised:
+        edgewright.run(recipe, *changes, say=lambda line: None)
+    assert raised.value.message() == found.message()
+    assert not list((folder / "run").glob("stages/*/checkpoints"))
+    return raised.value
+
+
+@pytest.mark.parametrize("code", LATE)
+def test_a_late_stages_method_is_looked_at_before_the_first_stage(tmp_path: Path, code: str) -> None:
+    assert refused(tmp_path, *overrides(tmp_path, LATE[code])).code == code
+
+
+def test_a_row_that_2_of_4_does_not_fit(tmp_path: Path) -> None:
+    odd = "stages.base.student.intermediate_size=62"
+    error = refused(tmp_path, odd, *overrides(tmp_path, {"type": "sparse", "mask": {"type": "2:4"}}))
+    assert error.code == "EW-729" and "down_proj" in error.what
+
+
+def test_two_methods_that_want_one_layer(tmp_path: Path) -> None:
+    error = refused(tmp_path, *overrides(tmp_path, {"type": "lowrank", "rank": 8}, {"type": "ternary"}))
+    assert error.code == "EW-711"
+
+
+def test_the_output_head_needs_a_setting_of_its_own(tmp_path: Path) -> None:
+    untied = "stages.base.student.tie_word_embeddings=false"
+    error = refused(tmp_path, untied, *overrides(tmp_path, {"type": "ternary", "layers": ["lm_head"]}))
+    assert error.code == "EW-708" and "head: true" in str(error.fix)
+    taken = overrides(tmp_path, {"type": "ternary", "layers": ["lm_head"], "head": True})
+    assert check(write_recipe(tmp_path, ternary=True), untied, *taken).ok
+
+
+@pytest.mark.parametrize("method", [{"type": "lowrank", "rank": 8, "activation": "silu"}, {"type": "lost", "rank": 8}])
+def test_factors_that_the_stage_before_leaves_belong_to_no_method(tmp_path: Path, method: dict[str, object]) -> None:
+    before = f"stages.base.methods={json.dumps([method])}"
+    error = refused(tmp_path, before, *overrides(tmp_path, {"type": "ternary"}))
+    assert error.code == "EW-713" and method["type"] in str(error.found) and "merge: true" in str(error.fix)
+
+
+def test_a_directory_with_factors_is_previewed_as_what_it_is(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    factors = json.dumps([{"type": "lowrank", "rank": 8, "activation": "silu", "layers": ["mlp.up_proj"]}])
+    edgewright.run(
+        recipe, f"stages.base.methods={factors}", "stages.base.budget.max_steps=1", f"output_dir={tmp_path / 'run'}"
+    )
+    model = tmp_path / "run/stages/base/model"
+    start = [
+        f"stages.base.student={{type: checkpoint, model: {model}}}",
+        f"data.tokenizer={{type: pretrained, path: {model}}}",
+    ]
+    (error,) = check(recipe, *start, "stages.base.methods=[{type: ternary}]").errors
+    assert error.code == "EW-713" and "mlp.up_proj " in error.message()
+    left = [*start, "stages.base.methods=[{type: ternary, exclude: [up_proj]}]"]
+    assert check(recipe, *left).ok
+    loaded = load_recipe(recipe, left)
+    (share,) = preview(loaded, loaded.stages[0], stored_architecture(model)).shares
+    assert {name.rpartition(".")[2] for name in share[1]} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "down_proj",
+    }
+
+
+def test_gpt2s_layers_are_of_another_class(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=64, bos_token_id=0, eos_token_id=0
+    )
+    recipe = load_recipe(write_recipe(tmp_path), ["stages.base.methods=[{type: sparse}]"])
+    with pytest.raises(RecipeError, match="EW-704") as raised:
+        preview(recipe, recipe.stages[0], transformers.GPT2LMHeadModel(config))
+    assert "Conv1D" in str(raised.value.found)
