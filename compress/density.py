@@ -19,6 +19,8 @@ from edgewright.errors import RecipeError
 Shapes = Mapping[str, tuple[int, int]]
 """[out, in] of layers by name."""
 Distribution = Literal["uniform", "erk", "erk_plus"]
+SHARE_EPSILON = 1e-12
+"""More than a product of two doubles is off by, relatively, and less than one in any count."""
 
 
 def uniform(shapes: Shapes, density: float, head: int) -> dict[str, float]:
@@ -64,6 +66,11 @@ def erk_plus(shapes: Shapes, density: float, head: int) -> dict[str, float]:
             fix="use distribution: erk, which leaves the head out of the count, or a higher density",
         )
     return erk(shapes, left / layers, head)
+
+
+def whole(share: float, count: int) -> int:
+    """floor(share * count) of the share as it was written: 0.29 of 100 is 29, though floats make a hair less of it."""
+    return math.floor(share * count * (1 + SHARE_EPSILON))
 
 
 DISTRIBUTIONS: dict[Distribution, Callable[[Shapes, float, int], dict[str, float]]] = {

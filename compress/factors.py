@@ -57,14 +57,14 @@ def split(weight: Tensor, rank: int, *, columns: int, score_rank: int) -> Split:
     """The spectral factors, and the columns whose remainder is largest (LOST).
 
     The score of column j is the norm of column j of sum S_i u_i v_i^T over r <= i < r + score_rank, that is
-    ||S_i V_ij||, since U is orthonormal.
+    ||S_i V_ij||, since U is orthonormal. Factors of full rank leave no remainder: then it is the norm in `weight`.
 
     Args:
         weight: [out, in], the true initial weight: of what the factors give there is no remainder but noise.
         columns: how many to choose.
     """
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    rest = slice(rank, rank + score_rank)
+    rest = slice(rank, rank + score_rank) if rank < len(s) else slice(None)
     scores = (s[rest, None] * vh[rest]).norm(dim=0)
     index = scores.topk(columns).indices.sort().values.to(torch.int32)
     return Split(factors=_balanced(u, s, vh, rank, weight.dtype), index=index)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from edgewright.compress.choice import LayerChoice
-from edgewright.compress.density import erk, exact_counts
+from edgewright.compress.density import SHARE_EPSILON, erk, exact_counts, whole
 from edgewright.compress.pruning import Schedule, cubic, does_not_fit, steps_between
 from edgewright.method import Method, MethodReport, StepContext
 
@@ -80,8 +80,8 @@ class GranetConfig(LayerChoice):
 
     def _times(self, every: int, total_steps: int) -> tuple[int, int]:
         """First and last pruning, in steps done: multiples of `every` within start and end, before the last step."""
-        first = max(1, math.ceil(self.start * total_steps / every)) * every
-        return first, min(int(self.end * total_steps), total_steps - 1) // every * every
+        first = max(1, math.ceil(self.start * total_steps / every * (1 - SHARE_EPSILON))) * every
+        return first, min(whole(self.end, total_steps), total_steps - 1) // every * every
 
     def build(self) -> Granet:
         return Granet(self)

@@ -1,7 +1,8 @@
 """Rounding to the 4- and 8-bit lattices of file formats, as the exporter rounds, bit for bit; and the layer.
 
 The exporter's rules are numpy (`export/lattice.py`, `export/onnx/packing.py`); these are the same arithmetic in torch,
-so that training rounds where its weights are. What is trained this way is what the file holds.
+so that training rounds where its weights are. What is trained this way is what the file holds; but under bf16 autocast
+the products of training take codes * scale rounded to bf16, while the file has them as they are.
 
 Shapes: blocks are [R, G, C], R rows of G blocks of C weights; scales are [R, G, 1].
 """

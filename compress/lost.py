@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from edgewright.compress.density import whole
 from edgewright.compress.rank import FACTORS, RankChoice
 from edgewright.compress.restarts import Restarts, check_period, restart
 from edgewright.method import Method, MethodReport, StepContext
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class LostConfig(RankChoice, Restarts):
-    """Low rank plus column-sparse, both from one SVD: y = gamma B act(A x) + (1 - gamma) W0[:, I] x[I] (2508.02668)."""
+    """Low rank plus column-sparse, from one SVD (arXiv 2508.02668): y = gamma B act(A x) + (1 - gamma) W0[:, I] x[I].
+
+    Where the factors have the full rank nothing remains to rank the columns by, and they go by their norms in W0.
+    """
 
     type: Literal["lost"] = "lost"
     columns: float = Field(default=0.05, gt=0, le=1)
@@ -96,7 +100,7 @@ class Lost(Method):
 
         from edgewright.compress.factors import FactoredLinear, split
 
-        count = max(1, int(self.config.columns * linear.in_features))
+        count = max(1, whole(self.config.columns, linear.in_features))
         with torch.no_grad():
             parts = split(linear.weight, rank, columns=count, score_rank=self.config.score_rank)
             columns = linear.weight.index_select(1, parts.index)

@@ -41,7 +41,8 @@ class LowRankConfig(RankChoice, Restarts):
     activation: Literal["none", "silu"] = "none"
     """Between the factors. With one they cannot be merged, and the finished model keeps them."""
     init: Literal["spectral", "cola"] = "spectral"
-    """spectral: the best approximation of the weights that are there; cola: random, whatever is there."""
+    """spectral: the best approximation of the weights that are there; cola: random, whatever is there
+    (a layer's bias, which CoLA's models lack, is kept as it is)."""
     relora: ReLoRAConfig | None = None
     """Train the factors beside the frozen matrices, which must be worth something: start from an earlier stage."""
     merge: bool = True

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgewright.compress.density import starved
+from edgewright.compress.density import starved, whole
 from edgewright.compress.layers import CompressedLinear, cost, plain_linear, skipped, submodules
 from edgewright.method import MethodReport
 
@@ -146,7 +146,7 @@ def floors(sizes: Mapping[str, int], density: float, floor: float) -> dict[str, 
     Raises:
         RecipeError: EW-726, that is more than the density allows.
     """
-    own = {name: max(1, int(floor * density * size)) for name, size in sizes.items()}
+    own = {name: max(1, whole(floor * density, size)) for name, size in sizes.items()}
     if sum(own.values()) > round(density * sum(sizes.values())):
         smallest = min(sizes, key=lambda name: sizes[name])
         raise starved(smallest, density, max(len(sizes) / sum(sizes.values()), 1 / sizes[smallest]))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgewright.compress.density import whole
 from edgewright.errors import RecipeError
 
 PRUNE_EVERY = 100
@@ -142,7 +143,7 @@ def _times(phases: Phases, every: int, total_steps: int) -> tuple[int, int] | No
 
 def steps_between(duration: float, fewest: int = FEWEST_PRUNINGS) -> int:
     """Steps between two prunings of a phase: `PRUNE_EVERY`, or so few that there are `fewest` of them."""
-    return max(1, min(PRUNE_EVERY, int(duration / fewest)))
+    return max(1, min(PRUNE_EVERY, whole(duration / fewest, 1)))
 
 
 def does_not_fit(setting: str, every: int, legal: int | None, total_steps: int) -> RecipeError:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.compress.density import whole
 from edgewright.compress.factors import Factors, rebalanced, spectral
 from edgewright.compress.layers import CompressedLinear
 
@@ -74,7 +75,7 @@ class SparseLowRankLinear(CompressedLinear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.scale = scale
         size = self.in_features * self.out_features
-        count = max(1, int(density * size))
+        count = max(1, whole(density, size))
         like = linear.weight
         self.down = nn.Parameter(like.new_empty(rank, self.in_features))
         self.up = nn.Parameter(like.new_zeros(self.out_features, rank))

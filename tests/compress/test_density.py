@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from edgewright.compress.density import DISTRIBUTIONS, erk, erk_plus, exact_counts
+from edgewright.compress.density import DISTRIBUTIONS, erk, erk_plus, exact_counts, whole
 from edgewright.compress.pruning import (
     PRUNE_EVERY,
     cubic,
@@ -158,3 +158,13 @@ def test_no_schedule_ends_after_its_run(total):
             assert total < 8
             continue
         assert 0 < schedule.first < schedule.last <= total
+
+
+@pytest.mark.parametrize(("share", "count", "expected"), [(0.29, 100, 29), (0.03, 1000, 30), (0.5, 3, 1), (1.0, 7, 7)])
+def test_a_share_of_a_whole_is_that_of_the_written_number(share, count, expected):
+    assert whole(share, count) == expected
+
+
+def test_no_share_of_a_matrix_is_a_weight_short():
+    size = 1000 * 4096
+    assert all(whole(percent / 100, size) == percent * size // 100 for percent in range(1, 101))

@@ -29,6 +29,12 @@ def test_the_columns_are_the_largest_of_the_explicit_remainder(score_rank):
     assert parts.index.dtype == torch.int32
 
 
+def test_without_a_remainder_the_columns_are_the_largest_of_the_weight():
+    w0 = weight()
+    largest = w0.norm(dim=0).argsort(descending=True)[:9]
+    assert split(w0, min(w0.shape), columns=9, score_rank=256).index.tolist() == sorted(largest.tolist())
+
+
 def test_the_score_finds_a_column_that_the_factors_miss():
     w0 = torch.outer(torch.linspace(1, 2, OUT), torch.linspace(1, 2, IN))
     w0[:, 30] += 0.1 * weight()[:, 0]
@@ -43,7 +49,7 @@ def test_a_layer_holds_the_factors_and_the_initial_columns():
         if not isinstance(layer, FactoredLinear):
             continue
         w0 = dense[name].weight.detach()
-        assert len(layer.index) == max(1, int(0.05 * w0.shape[1]))
+        assert len(layer.index) == max(1, w0.shape[1] * 5 // 100)
         assert torch.equal(layer.columns.weight, w0[:, layer.index])
         assert layer.index.tolist() == sorted(set(layer.index.tolist()))
         assert layer.mix == 0.6 and layer.activation == "silu"
