@@ -49,7 +49,7 @@ class MethodReport:
 
 
 class Method(ABC):
-    """How weights are represented and when they change. `prepare`, `finish` and `describe` must be there.
+    """How weights are represented and when they change. `chosen`, `prepare`, `finish` and `describe` must be there.
 
     Subclasses are final and named by `type`, the value of `type:` in a recipe, which is also their file's name.
     """
