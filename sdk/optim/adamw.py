@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from edgewright.optim.config import OptimizerConfigBase
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-class AdamWConfig(BaseModel):
+class AdamWConfig(OptimizerConfigBase):
     """AdamW with decoupled weight decay on matrices; vectors (norms, biases) are not decayed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled decay, times the learning rate."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer over all trainable parameters of `model`, in the model's own order."""
@@ -36,3 +33,8 @@ class AdamWConfig(BaseModel):
         ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
+
+    def state_bytes(self, model: nn.Module) -> int:
+        """Two moments of each parameter's own type, and a float32 step count."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return sum(2 * parameter.numel() * parameter.element_size() + 4 for parameter in trainable)

@@ -1,0 +1,33 @@
+"""What every optimizer section of a recipe has, and what the planner asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class OptimizerConfigBase(BaseModel, ABC):
+    """The settings of an optimizer, by the name in its `type`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay, times the learning rate."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer over all trainable parameters of `model`, in the model's own order."""
+
+    @abstractmethod
+    def state_bytes(self, model: nn.Module) -> int:
+        """Bytes of the optimizer's state after its first step: what a checkpoint holds, and memory must.
+
+        Only shapes and types are read, so the model may be on meta.
+        """
