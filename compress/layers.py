@@ -36,6 +36,11 @@ class CompressedLinear(nn.Module, ABC):
     stored: bool = False
     """Whether the model came with it, so that it is part of the architecture and belongs to no method of the stage."""
 
+    @property
+    def saves_nothing(self) -> bool:
+        """Whether a plain layer would hold no more numbers, where the layer is there to hold fewer."""
+        return False
+
     @abstractmethod
     def effective_weight(self) -> Tensor:
         """W of the forward, [out, in], with gradients.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from edgewright.compress.density import whole
-from edgewright.compress.rank import FACTORS, RankChoice
-from edgewright.compress.restarts import Restarts, check_period, restart
-from edgewright.method import Method, MethodReport, StepContext
+from edgewright.compress.factor_method import FactorChoice, FactorMethod
+from edgewright.compress.rank import FACTORS
+from edgewright.compress.restarts import restart
+from edgewright.method import MethodReport, StepContext
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from edgewright.export.lattice import LatticeTensor
 
 
-class LostConfig(RankChoice, Restarts):
+class LostConfig(FactorChoice):
     """Low rank plus column-sparse, from one SVD (arXiv 2508.02668): y = gamma B act(A x) + (1 - gamma) W0[:, I] x[I].
 
     Where the factors have the full rank nothing remains to rank the columns by, and they go by their norms in W0.
@@ -55,7 +57,7 @@ class LostConfig(RankChoice, Restarts):
         return FACTORS if self.keeps_factors else super().finished()
 
 
-class Lost(Method):
+class Lost(FactorMethod["LostConfig", "FactoredLinear"]):
     """Replaces linear layers, but the head and the excluded ones, by two branches.
 
     From the SVD of the initial W0 the first r directions make the factors (balanced). The next `score_rank` make a
@@ -67,35 +69,8 @@ class Lost(Method):
 
     type = "lost"
     saves = "parameters, gradients, moments and operations, r (in + out) + rho in out for in * out; the file as well"
-    keeps_names = False
 
-    def __init__(self, config: LostConfig) -> None:
-        self.config = config
-        self._layers: dict[str, FactoredLinear] = {}
-
-    def check_run(self, total_steps: int) -> None:
-        """EW-721: no restart would ever come."""
-        check_period("restart_every", self.config.restart_every, total_steps)
-
-    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
-        from edgewright.compress.layers import choose
-
-        return choose(model, self.config, method=self.type)
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Swap the linear layers.
-
-        Raises:
-            RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
-        """
-        linears = self.chosen(model)
-        ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
-        for name, linear in linears.items():
-            layer = self._split(linear, ranks[name])
-            model.set_submodule(name, layer)
-            self._layers[name] = layer
-
-    def _split(self, linear: nn.Linear, rank: int) -> FactoredLinear:
+    def replacement(self, linear: nn.Linear, rank: int) -> FactoredLinear:
         import torch
 
         from edgewright.compress.factors import FactoredLinear, split
@@ -137,11 +112,9 @@ class Lost(Method):
         return finished, {}
 
     def describe(self, model: PreTrainedModel) -> MethodReport:
-        """Layers changed, what they cost, the columns chosen, and `without_saving`: layers that cost more than W0."""
-        from edgewright.compress.layers import cost, skipped, submodules
+        """As every method with factors, and the columns chosen."""
+        from edgewright.compress.layers import submodules
 
-        layers = submodules(model, self._layers).values()
-        numbers = cost(layers)
-        numbers["columns"] = float(sum(len(layer.index) for layer in layers))
-        numbers["without_saving"] = float(sum(layer.saves_nothing for layer in layers))
-        return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)
+        report = super().describe(model)
+        columns = sum(len(layer.index) for layer in submodules(model, self._layers).values())
+        return replace(report, numbers={**report.numbers, "columns": float(columns)})

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from edgewright.compress.rank import FACTORS, RankChoice
-from edgewright.compress.restarts import Restarts, check_period, due, restart
-from edgewright.method import Method, MethodReport, StepContext
+from edgewright.compress.factor_method import FactorChoice, FactorMethod
+from edgewright.compress.rank import FACTORS
+from edgewright.compress.restarts import check_period, due, restart
+from edgewright.method import StepContext
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +31,7 @@ class ReLoRAConfig(BaseModel):
     """The factors' product counts alpha / r."""
 
 
-class LowRankConfig(RankChoice, Restarts):
+class LowRankConfig(FactorChoice):
     """Two factors in the place of each matrix, y = B act(A x): fewer parameters, gradients, moments and operations.
 
     Plain factors (act: none) with restarts are arXiv 2505.22922; `activation: silu` with `init: cola` is CoLA (arXiv
@@ -87,7 +88,7 @@ class LowRankConfig(RankChoice, Restarts):
         return FACTORS if self.keeps_factors else super().finished()
 
 
-class LowRank(Method):
+class LowRank(FactorMethod["LowRankConfig", "FactoredLinear | ReLoRALinear"]):
     """Replaces linear layers, but the head and the excluded ones, by pairs of factors.
 
     A factor pair saves parameters and operations where r < in * out / (in + out); `describe` counts the layers where it
@@ -97,49 +98,21 @@ class LowRank(Method):
 
     type = "lowrank"
     saves = "parameters, gradients, moments and operations, r (in + out) for in * out; the file only with its factors"
-    keeps_names = False
-
-    def __init__(self, config: LowRankConfig) -> None:
-        self.config = config
-        self._layers: dict[str, FactoredLinear] = {}
-        self._relora: dict[str, ReLoRALinear] = {}
 
     def check_run(self, total_steps: int) -> None:
         """EW-721: no restart or merge would ever come."""
-        check_period("restart_every", self.config.restart_every, total_steps)
+        super().check_run(total_steps)
         if self.config.relora is not None:
             check_period("merge_every", self.config.relora.merge_every, total_steps)
 
-    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
-        from edgewright.compress.layers import choose
-
-        return choose(model, self.config, method=self.type)
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Swap the linear layers.
-
-        Raises:
-            RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
-        """
-        from edgewright.compress.relora import ReLoRALinear
-
-        linears = self.chosen(model)
-        ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
-        for name, linear in linears.items():
-            if self.config.relora is None:
-                layer = self._factored(linear, ranks[name])
-                self._layers[name] = layer
-                model.set_submodule(name, layer)
-            else:
-                adapted = ReLoRALinear(linear, rank=ranks[name], alpha=self.config.relora.alpha)
-                self._relora[name] = adapted
-                model.set_submodule(name, adapted)
-
-    def _factored(self, linear: nn.Linear, rank: int) -> FactoredLinear:
+    def replacement(self, linear: nn.Linear, rank: int) -> FactoredLinear | ReLoRALinear:
         import torch
 
         from edgewright.compress.factors import FactoredLinear, cola, spectral
+        from edgewright.compress.relora import ReLoRALinear
 
+        if self.config.relora is not None:
+            return ReLoRALinear(linear, rank=rank, alpha=self.config.relora.alpha)
         start = {"spectral": spectral, "cola": cola}[self.config.init]
         with torch.no_grad():
             factors = start(linear.weight, rank)
@@ -147,16 +120,24 @@ class LowRank(Method):
 
     def after_step(self, ctx: StepContext) -> None:
         """A restart, or a merge, at the steps kT - 1 (counted from 0) that leave a whole period."""
+        from edgewright.compress.factors import FactoredLinear
+
         relora = self.config.relora
         if relora is None:
-            restart(self.config, ctx, self._layers.values())
+            restart(self.config, ctx, [layer for layer in self._layers.values() if isinstance(layer, FactoredLinear)])
         elif due(relora.merge_every, ctx):
-            for layer in self._relora.values():
-                layer.merge()
-                for factor in layer.factors:
-                    ctx.reset_state(factor, None)
-            if self.config.rewarm_steps:
-                ctx.rewarm(self.config.rewarm_steps)
+            self._merge(ctx)
+
+    def _merge(self, ctx: StepContext) -> None:
+        from edgewright.compress.relora import ReLoRALinear
+
+        for layer in self._layers.values():
+            assert isinstance(layer, ReLoRALinear)
+            layer.merge()
+            for factor in layer.factors:
+                ctx.reset_state(factor, None)
+        if self.config.rewarm_steps:
+            ctx.rewarm(self.config.rewarm_steps)
 
     def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
         """The model with plain linear layers; where an activation or the recipe forbids that, with its factors."""
@@ -164,18 +145,6 @@ class LowRank(Method):
 
         finished = copy.deepcopy(model)
         if not self.config.keeps_factors:
-            for name, layer in {**submodules(finished, self._layers), **submodules(finished, self._relora)}.items():
+            for name, layer in submodules(finished, self._layers).items():
                 finished.set_submodule(name, merged(layer))
         return finished, {}
-
-    def describe(self, model: PreTrainedModel) -> MethodReport:
-        """Layers changed, what they cost, and `without_saving`: those whose rank is so high that factors cost more."""
-        from edgewright.compress.layers import CompressedLinear, cost, skipped, submodules
-
-        layers: list[CompressedLinear] = [
-            *submodules(model, self._layers).values(),
-            *submodules(model, self._relora).values(),
-        ]
-        numbers = cost(layers)
-        numbers["without_saving"] = float(sum(layer.saves_nothing for layer in self._layers.values()))
-        return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from edgewright.compress.rank import RankChoice
-from edgewright.compress.restarts import Restarts, check_period, restart
-from edgewright.method import Method, MethodReport, StepContext
+from edgewright.compress.factor_method import FactorChoice, FactorMethod
+from edgewright.compress.restarts import restart
+from edgewright.method import MethodReport, StepContext
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from edgewright.export.lattice import LatticeTensor
 
 
-class SLTrainConfig(RankChoice, Restarts):
+class SLTrainConfig(FactorChoice):
     """W = (alpha / r) B A + S, S on a random support that stays: few parameters in memory (arXiv 2406.02214)."""
 
     type: Literal["sltrain"] = "sltrain"
@@ -38,7 +39,7 @@ class SLTrainConfig(RankChoice, Restarts):
         return SLTrain(self)
 
 
-class SLTrain(Method):
+class SLTrain(FactorMethod["SLTrainConfig", "SparseLowRankLinear"]):
     """Replaces linear layers, but the head and the excluded ones, by ones that build W anew in every forward.
 
     Random init: A Kaiming-uniform, B = 0, the values of S uniform in +-1/sqrt(in). It saves memory (parameters,
@@ -49,39 +50,14 @@ class SLTrain(Method):
 
     type = "sltrain"
     saves = "parameters, gradients and moments, r (in + out) + density in out for in * out; no operations"
-    keeps_names = False
 
-    def __init__(self, config: SLTrainConfig) -> None:
-        self.config = config
-        self._layers: dict[str, SparseLowRankLinear] = {}
-
-    def check_run(self, total_steps: int) -> None:
-        """EW-721: no restart would ever come."""
-        check_period("restart_every", self.config.restart_every, total_steps)
-
-    def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
-        from edgewright.compress.layers import choose
-
-        return choose(model, self.config, method=self.type)
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Swap the linear layers.
-
-        Raises:
-            RecipeError: EW-720, a rank above the matrix (names the layer); EW-708, EW-711 as `choose`.
-        """
+    def replacement(self, linear: nn.Linear, rank: int) -> SparseLowRankLinear:
         from edgewright.compress.sparse_lowrank import SparseLowRankLinear
 
-        linears = self.chosen(model)
-        ranks = {name: self.config.rank_of(name, *linear.weight.shape) for name, linear in linears.items()}
-        for name, linear in linears.items():
-            layer = SparseLowRankLinear(
-                linear, rank=ranks[name], scale=self.config.alpha / ranks[name], density=self.config.density
-            )
-            if self.config.init == "spectral":
-                layer.approximate(linear.weight)
-            model.set_submodule(name, layer)
-            self._layers[name] = layer
+        layer = SparseLowRankLinear(linear, rank=rank, scale=self.config.alpha / rank, density=self.config.density)
+        if self.config.init == "spectral":
+            layer.approximate(linear.weight)
+        return layer
 
     def after_step(self, ctx: StepContext) -> None:
         """A restart, where the recipe asks for them."""
@@ -105,12 +81,14 @@ class SLTrain(Method):
         return plain, {}
 
     def describe(self, model: PreTrainedModel) -> MethodReport:
-        """Layers changed, what they cost (building W: `flops_per_forward`), and the share of entries that S holds."""
-        from edgewright.compress.layers import cost, skipped, submodules
+        """As every method with factors, what W costs to build (`flops_per_forward`), and the share that S holds."""
+        from edgewright.compress.layers import submodules
 
+        report = super().describe(model)
         layers = submodules(model, self._layers).values()
-        numbers = cost(layers)
-        numbers["flops_per_forward"] = float(sum(layer.flops_per_forward() for layer in layers))
-        numbers["density"] = sum(len(layer.index) for layer in layers) / max(1.0, numbers["weights"])
-        numbers["without_saving"] = float(sum(layer.saves_nothing for layer in layers))
-        return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)
+        numbers = {
+            **report.numbers,
+            "flops_per_forward": float(sum(layer.flops_per_forward() for layer in layers)),
+            "density": sum(len(layer.index) for layer in layers) / max(1.0, report.numbers["weights"]),
+        }
+        return replace(report, numbers=numbers)

@@ -62,7 +62,10 @@ class Method(ABC):
     later stage may go on from them; otherwise it goes on from what `finish` gave."""
     registry: ClassVar[dict[str, builtins.type[Method]]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        super().__init_subclass__()
+        if abstract:  # what several methods share: no method by itself
+            return
         if not {"type", "saves"} <= cls.__dict__.keys():
             raise TypeError(f"{cls.__name__} needs `type`, its name in recipes, and `saves`, what it is good for")
         if cls.type in Method.registry:
