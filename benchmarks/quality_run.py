@@ -12,6 +12,7 @@ from common import ROOT
 from filelock import FileLock, Timeout
 from quality_runs import BUSY, SEQUENCE, File, Job, Places, Stage, recipe, row_named
 
+from edgewright import checkpoint
 from edgewright.data import Corpus, iterate_documents, prepare_data
 from edgewright.errors import EdgewrightError
 from edgewright.evaluate import evaluate_session
@@ -84,7 +85,7 @@ def measure(job: Job, places: Places, stop: StopRequest) -> dict[str, Any]:
         "steps": {name: result.steps for name, result in stages.items()},
         "seconds": sum(result.seconds for result in stages.values()),
         "flops": sum(training_flops(job, plans[name], result) for name, result in stages.items()),
-        "costs": {name: costs(job, plans[name], result) for name, result in stages.items()},
+        "costs": {name: costs(job, plans[name], result, directory) for name, result in stages.items()},
         "stages": quality,
         **quality["model"],
         "decisions": stages["model"].decisions,
@@ -168,16 +169,18 @@ def calibration_text(loaded: Recipe, corpus: Corpus, work: Path) -> Path:
     return target
 
 
-def costs(job: Job, stage: Stage, result: StageResult) -> dict[str, float]:
+def costs(job: Job, stage: Stage, result: StageResult, directory: Path) -> dict[str, float]:
     """Of a stage: weights in linear layers, numbers trained for them, all numbers trained, bytes while training.
 
-    `bytes` is the formula: 4 bytes each for the weights, their gradients and Adam's two moments, all in float32.
+    `bytes` is the formula for weights and gradients in float32, and what the optimizer's state weighs in a checkpoint.
     """
     linear = job.scale.linear(stage.width)
     owned = sum(numbers["weights"] for numbers in result.methods.values())
     trained_linear = linear - owned + sum(numbers["parameters"] for numbers in result.methods.values())
     trained = result.parameters - linear + trained_linear
-    return {"linear": linear, "trained_linear": trained_linear, "trained": trained, "bytes": 16 * trained}
+    last = checkpoint.directory_of(directory / "stages" / stage.name / "checkpoints", result.steps)
+    state = (last / "optimizer.safetensors").stat().st_size
+    return {"linear": linear, "trained_linear": trained_linear, "trained": trained, "bytes": 8 * trained + state}
 
 
 def training_flops(job: Job, stage: Stage, result: StageResult) -> float:

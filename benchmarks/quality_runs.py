@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ SWEEP = 0.25
 """Share of a run's tokens that each learning rate of a sweep gets."""
 Control = Literal["tokens", "compute", "FLOPs"]
 Section = dict[str, Any]
+ADAMW: Section = {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,8 @@ class Row:
     control: Control = "tokens"
     core: bool = False
     files: tuple[File, ...] = ()
+    optimizer: Section = field(default_factory=lambda: dict(ADAMW))
+    """The recipe's `optimizer:` without its rate."""
     factors: tuple[float, ...] = ()
     """Learning rates that it tries, as multiples of the dense model's best; empty: it takes those of `rate_of`."""
     rate_of: str = "dense"
@@ -350,6 +353,20 @@ ROWS = (
         name="sparse-2:4", what="2:4, straight-through",
         stages=plain({"type": "sparse", "density": 0.5, "mask": {"type": "2:4"}}, active=0.5),
     ),
+    Row(
+        name="adamw-8bit", what="dense, AdamW with 8-bit moments", stages=plain(),
+        optimizer={**ADAMW, "type": "adamw_8bit"},
+    ),
+    *(
+        Row(name=name, what=what, stages=plain(), optimizer=settings, factors=factors)
+        for name, what, settings, factors in (
+            ("apollo", "dense, APOLLO at a quarter of the rank", {"type": "apollo"}, (4.0, 10.0, 20.0)),
+            ("apollo-mini", "dense, APOLLO-Mini", {"type": "apollo_mini"}, (4.0, 10.0, 20.0)),
+            ("galore", "dense, GaLore", {"type": "galore"}, (4.0, 10.0, 20.0)),
+            ("fira", "dense, Fira", {"type": "fira"}, (4.0, 10.0, 20.0)),
+            ("gradnorm-lorp", "dense, GradNormLoRP", {"type": "gradnorm_lorp"}, (4.0, 10.0, 20.0)),
+        )
+    ),
 )  # fmt: skip
 """In the order of their worth. GraNet's mean density: a cubic from 1 to 0.25 over half of the run, then constant."""
 
@@ -415,7 +432,7 @@ def _stage(stage: Stage, job: Job, places: Places, rate: float) -> Section:
         "name": stage.name,
         "student": student,
         "methods": list(stage.methods),
-        "optimizer": {"type": "adamw", "learning_rate": rate, "betas": [0.9, 0.95], "weight_decay": 0.1},
+        "optimizer": {**job.row.optimizer, "learning_rate": rate},
         "schedule": {"type": "cosine", "warmup_ratio": 0.05, "final_ratio": 0.05},
         "budget": {"max_steps": steps_of(stage, job)},
         "training": {

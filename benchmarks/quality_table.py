@@ -208,6 +208,8 @@ LIMITS = (
     ("sparse-50", "perplexity", 1.02),
     ("sparse-75", "perplexity", 1.06),
     ("ternary-distilled", "bits_per_byte", 1.04),
+    ("apollo-mini", "perplexity", 1.02),
+    ("gradnorm-lorp", "perplexity", 1.05),
 )
 """Rows, the figure that counts, and its most over the dense model's."""
 
@@ -221,6 +223,7 @@ def bars(done: dict[str, Seeds]) -> Iterator[Verdict]:
     best = min(ternary, key=lambda seeds: seeds.mean("bits_per_byte"), default=None)
     label = "best ternary without a teacher" + (f" ({best.row.name})" if best else "")
     yield against(best, dense, "bits_per_byte", 1.06, f"{label}, bits per byte of dense")
+    yield not_worse(done.get("apollo"), dense)
     yield restarts_help(done)
     yield recovery(done)
     yield equal_bytes(done)
@@ -232,6 +235,14 @@ def against(seeds: Seeds | None, dense: Seeds, figure: str, most: float, what: s
         return Verdict(what=what, found="", met=None)
     ratio = seeds.ratio(dense, figure)
     return Verdict(what=what, found=f"{ratio:.3f} ({len(seeds.results)} seed(s))", met=ratio <= most)
+
+
+def not_worse(apollo: Seeds | None, dense: Seeds) -> Verdict:
+    what = "APOLLO is not worse than AdamW, beyond the spread of the seeds"
+    if apollo is None:
+        return Verdict(what=what, found="", met=None)
+    ratio, apart = apollo.ratio(dense, "perplexity"), apollo.differs(dense, "perplexity")
+    return Verdict(what=what, found=f"{ratio:.3f} ({len(apollo.results)} seed(s))", met=ratio <= 1 or apart is False)
 
 
 def restarts_help(done: dict[str, Seeds]) -> Verdict:
