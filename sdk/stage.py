@@ -16,6 +16,7 @@ from edgewright import checkpoint
 from edgewright.continuation import goes_on_from_latents, start_notes, without_load_report
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
+from edgewright.memory_rules import check_memory_settings
 from edgewright.metrics import Metrics
 from edgewright.student import (
     CheckpointStudentConfig,
@@ -26,18 +27,22 @@ from edgewright.student import (
     load_model,
     without_progress_bars,
 )
-from edgewright.training import StopRequest, decide
+from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, memory_decisions
 from edgewright.vocabulary import check_same_tokens
+from edgewright.world import ALONE, World
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from transformers import PreTrainedModel
 
     from edgewright.data import Corpus
-    from edgewright.method import Method, MethodReport
+    from edgewright.method import Method
     from edgewright.objective import Objective
     from edgewright.recipe import Recipe, StageConfig
 
-WITHOUT_EFFECT_ON_BITS = frozenset({"logging_steps", "save_steps", "save_minutes", "keep_checkpoints"})
+WITHOUT_EFFECT_ON_BITS = frozenset(
+    {"logging_steps", "save_steps", "save_minutes", "keep_checkpoints", "auto_find_batch_size", "sharding"}
+)
 """Training settings that may change between a run and its resumption."""
 
 
@@ -65,11 +70,13 @@ def train_stage(
     *,
     say: Callable[[str], None],
     stop: StopRequest,
+    world: World = ALONE,
 ) -> StageResult:
     """Train a stage, or go on with it, or find that it is done.
 
     Args:
         directory: the stage's own; `earlier`: model directories of the finished stages.
+        world: the processes that train it together; they all call this, and all get the result.
 
     Raises:
         RecipeError: EW-705, the directory holds a run of another recipe; EW-704, a method changed nothing.
@@ -78,27 +85,28 @@ def train_stage(
     import torch
 
     from edgewright.data import Batches
-    from edgewright.trainer import Job, Trainer
+    from edgewright.trainer import Job, Trainer, TrainingModule
 
     done = directory / "done.json"
-    check_same_recipe(recipe, stage, corpus, directory)
+    world.main_first(lambda: check_same_recipe(recipe, stage, corpus, directory))
     if done.exists():
         say(f"{stage.name}: done already")
         return _read_result(done)
     settings, data = stage.training, recipe.data
     newest = checkpoint.newest(directory / "checkpoints", say)
     loaded = checkpoint.load(newest) if newest else None
-    if loaded:
+    if loaded and loaded.state.decisions.get("processes", 1) == world.size:
         torch.set_num_threads(loaded.state.decisions["threads"])
     model = _student(recipe, stage, corpus, earlier, say)
     tokens_per_step = settings.tokens_per_step(data.sequence_length)
     steps = stage.budget.steps(tokens_per_step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    state = (
-        loaded.state
-        if loaded
-        else checkpoint.TrainState(decisions=decide(settings, parameters=parameters, tokens=steps * tokens_per_step))
-    )
+    decisions = decide(settings, parameters=parameters, tokens=steps * tokens_per_step, processes=world.size)
+    decisions = world.shared(decisions)
+    state = loaded.state if loaded else checkpoint.TrainState(decisions=decisions)
+    _same_processes(state, decisions, say)
+    state.decisions = memory_decisions(settings) | state.decisions
+    check_memory_settings(state.decisions)
     _same_machine(state, say)
     torch.manual_seed(recipe.seed)
     model.to(state.decisions["device"])
@@ -106,7 +114,7 @@ def train_stage(
     methods: list[Method] = [config.build() for config in stage.methods]
     for method in methods:
         method.check_run(steps)
-    reports = _prepare(methods, model, say)
+    _prepare(methods, model, say)
     batches, held_out = (
         Batches(
             stream,
@@ -118,9 +126,12 @@ def train_stage(
         )
         for stream in (corpus.train, corpus.held_out)
     )
+    objective = _objective(stage, corpus, earlier, say)
+    module = TrainingModule(model, objective, getattr(torch, state.decisions["precision"]))
     job = Job(
         model=model,
-        objective=_objective(stage, corpus, earlier, say),
+        replica=world.replicate(module, settings.sharding),  # before the optimizer, which is to own what trains
+        objective=objective,
         methods=methods,
         optimizer=stage.optimizer.build(model),
         learning_rate=stage.optimizer.learning_rate,
@@ -139,27 +150,33 @@ def train_stage(
         logging_steps=settings.logging_steps,
         save_steps=settings.save_steps,
         say=say,
+        silent=not world.is_main,
     )
-    trainer = Trainer(job, state, metrics, stop)
+    trainer = Trainer(job, state, metrics, stop, world)
     metrics.rewind(state.step)
     say(f"{stage.name}: {parameters:,} parameters, {steps:,} steps of {tokens_per_step:,} tokens; {_decided(state)}")
     if loaded:
         metrics.event("resumed", step=state.step)
         trainer.restore(loaded, checkpoint.read_weights(loaded.directory / "model"))
     final = trainer.train()
-    target = _write_model(methods, model, directory / "model", job.extra_files)
-    result = StageResult(
-        name=stage.name,
-        model=target,
-        steps=final.step,
-        tokens=final.tokens,
-        seconds=final.seconds,
-        parameters=parameters,
-        methods={method.type: method.describe(model).numbers for method in methods} if reports else {},
-        decisions=final.decisions,
-    )
-    write_json(done, {**asdict(result), "model": "model"})
-    return result
+    trained = job.replica.whole_model()
+
+    def write() -> None:
+        assert trained is not None, "the main process has the whole model"
+        result = StageResult(
+            name=stage.name,
+            model=_write_model(methods, trained, directory / "model", job.extra_files),
+            steps=final.step,
+            tokens=final.tokens,
+            seconds=final.seconds,
+            parameters=parameters,
+            methods={method.type: method.describe(trained).numbers for method in methods},
+            decisions=final.decisions,
+        )
+        write_json(done, {**asdict(result), "model": "model"})
+
+    world.main_only(write)
+    return _read_result(done)
 
 
 def trained_form(stage: Path, say: Callable[[str], None]) -> Path:
@@ -247,12 +264,11 @@ def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say
     return config.build(teacher)
 
 
-def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> list[MethodReport]:
+def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> None:
     """Let every method change the model; one that changes nothing is an error."""
     from edgewright.preview import changed_nothing
     from edgewright.report_text import figures
 
-    reports = []
     for method in methods:
         method.prepare(model)
         report = method.describe(model)
@@ -260,8 +276,6 @@ def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str],
             raise changed_nothing(method.type)
         alone = ", ".join(report.skipped) or "none"
         say(f"{method.type}: {report.changed} layers ({figures(report.numbers)}); left alone: {alone}")
-        reports.append(report)
-    return reports
 
 
 def _write_model(
@@ -311,6 +325,8 @@ def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, direct
         write_json(kept, now)
         return
     before = json.loads(kept.read_text(encoding="utf-8"))
+    before["training"] = _with_defaults(before["training"], TrainingConfig)
+    before["budget"] = _with_defaults(before["budget"], BudgetConfig)
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
     if changed:
         raise RecipeError(
@@ -321,6 +337,12 @@ def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, direct
             found={key: now.get(key) for key in changed},
             fix="undo the change, choose another output_dir, or start again with --fresh",
         )
+
+
+def _with_defaults(section: dict[str, Any], config: type[BaseModel]) -> dict[str, Any]:
+    """A section that was written before the settings were there that it lacks: they had their defaults."""
+    defaults = {name: field.default for name, field in config.model_fields.items() if not field.is_required()}
+    return {**{k: v for k, v in defaults.items() if k not in WITHOUT_EFFECT_ON_BITS}, **section}
 
 
 def _portable(value: Any) -> Any:
@@ -359,9 +381,23 @@ def _same_machine(state: checkpoint.TrainState, say: Callable[[str], None]) -> N
         )
 
 
+def _same_processes(state: checkpoint.TrainState, now: dict[str, Any], say: Callable[[str], None]) -> None:
+    """On another number of processes, take anew what depends on it."""
+    before = state.decisions.setdefault("processes", 1)
+    if before == now["processes"]:
+        return
+    state.decisions |= {name: now[name] for name in ("processes", "threads", "compile")}
+    say(
+        f"warning: begun on {before} processes, going on with {now['processes']}: the same batches and steps, but sums "
+        "in another order, so not bit for bit the result of an uninterrupted run"
+    )
+
+
 def _decided(state: checkpoint.TrainState) -> str:
     d = state.decisions
-    return f"{d['device']}, {d['precision']}, {d['threads']} threads, {'compiled' if d['compile'] else 'not compiled'}"
+    processes = f"{d['processes']} processes, " if d["processes"] > 1 else ""
+    compiled = "compiled" if d["compile"] else "not compiled"
+    return f"{processes}{d['device']}, {d['precision']}, {d['threads']} threads, {compiled}"
 
 
 def _read_result(path: Path) -> StageResult:

@@ -26,6 +26,7 @@ from edgewright.optim.state import named_state, reset_state, restore_state
 from edgewright.schedule import rewarm_factor
 from edgewright.student import hidden_states, output_head
 from edgewright.training import StopRequest, TrainingConfig
+from edgewright.world import ALONE, Replica, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,12 +47,12 @@ class TrainingModule(nn.Module):
         self.objective = objective
         self.dtype = dtype
 
-    def forward(self, inputs: ModelInputs, scale: float) -> tuple[Tensor, Tensor]:
-        """(loss [], parts [P]) of a micro-batch."""
+    def forward(self, inputs: ModelInputs, scale: float, objective: Objective | None = None) -> tuple[Tensor, Tensor]:
+        """(loss [], parts [P]) of a micro-batch, by the stage's objective unless another is given."""
         with torch.autocast(inputs.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = hidden_states(self.model, inputs)
             head = output_head(self.model)
-        return self.objective.loss(hidden, head, inputs, scale=scale, dtype=self.dtype)
+        return (objective or self.objective).loss(hidden, head, inputs, scale=scale, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,8 @@ class Job:
     """What a stage trains: the parts that the recipe named, built."""
 
     model: PreTrainedModel
+    replica: Replica
+    """Model and objective, where they train."""
     objective: Objective
     methods: list[Method]
     optimizer: torch.optim.Optimizer
@@ -81,11 +84,15 @@ class Trainer:
         job: what to train.
         state: a fresh state with its decisions taken, or the one of the checkpoint to go on from.
         metrics: where progress goes.
-        stop: set by a signal; honoured within one micro-batch.
+        stop: set by a signal; honoured within one micro-batch, by several processes together at the end of the step.
+        world: the processes that train together.
     """
 
-    def __init__(self, job: Job, state: checkpoint.TrainState, metrics: Metrics, stop: StopRequest) -> None:
+    def __init__(
+        self, job: Job, state: checkpoint.TrainState, metrics: Metrics, stop: StopRequest, world: World = ALONE
+    ) -> None:
         self.job = job
+        self.world = world
         self.state = state
         self.metrics = metrics
         self.stop = stop
@@ -93,8 +100,6 @@ class Trainer:
         self.device = torch.device(state.decisions["device"])
         self.dtype = getattr(torch, state.decisions["precision"])
         job.objective.prepare(job.model, self.device)
-        self.module = TrainingModule(job.model, job.objective, self.dtype)
-        self.step_module: Callable[..., Any] = self.module
         if state.decisions["compile"]:
             job.model.base_model.compile(dynamic=False)
         self._last_save = time.monotonic()
@@ -107,8 +112,8 @@ class Trainer:
 
     def restore(self, loaded: checkpoint.Loaded, weights: dict[str, Tensor]) -> None:
         """Put a checkpoint's optimizer, methods and random state back; `weights` are the model's tensors."""
-        checkpoint.put_weights(self.job.model, weights)
-        restore_state(self.job.optimizer, self.job.model, loaded.optimizer)
+        checkpoint.put_weights(self.job.model, weights, self.job.replica.place)
+        restore_state(self.job.optimizer, self.job.model, loaded.optimizer, self.job.replica.place)
         for method in self.job.methods:
             method.load_state_dict(loaded.methods[method.type])
         set_random_state(loaded.rng)
@@ -141,27 +146,35 @@ class Trainer:
         context = self._context(state.step)
         for method in self.job.methods:
             method.before_step(context)
-        micro = [
-            self.job.batches.batch(p, size) for p in range(state.position, state.position + self.global_batch, size)
-        ]
-        counted = sum(batch.valid_tokens for batch in micro)
+        first, end, processes = (
+            state.position + self.world.rank * size,
+            state.position + self.global_batch,
+            self.world.size,
+        )
+        micro = [self.job.batches.batch(p, size) for p in range(first, end, size * processes)]
+        counted = int(self.world.sum(torch.tensor(sum(batch.valid_tokens for batch in micro))))
         total = torch.zeros(len(self.job.objective.parts), device=self.device)
-        for batch in micro:
-            loss, parts = self.step_module(model_inputs(batch, self.device), 1.0 / max(1, counted))
-            loss = self._with_penalties(loss, len(micro))
-            loss.backward()
-            total += parts.detach()
-            if self.stop.requested and batch is not micro[-1]:
-                self.job.optimizer.zero_grad(set_to_none=True)
-                set_random_state(rng)
-                self._interrupt()
+        with self.world.own_randomness():
+            for batch in micro:
+                with self.job.replica.accumulating(last=batch is micro[-1]):
+                    loss, parts = self.job.replica(model_inputs(batch, self.device), 1.0 / max(1, counted))
+                    loss = self._with_penalties(loss, len(micro) * processes)
+                    (loss * processes).backward()  # the processes' gradients are averaged
+                total += parts.detach()
+                if processes == 1 and self.stop.requested and batch is not micro[-1]:
+                    self.job.optimizer.zero_grad(set_to_none=True)
+                    set_random_state(rng)
+                    self._interrupt()
+        total = self.world.sum(total)
         for method in self.job.methods:
             method.after_backward(context)
         parameters = [p for p in self.job.model.parameters() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.job.settings.max_grad_norm, foreach=True)
-        loss_value, norm_value = float(total.sum()), float(norm)
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._roll_back(loss_value, norm_value, [index for batch in micro for index in batch.indices])
+        limit = self.job.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit, foreach=True)
+        loss_value, norm_value = float(total.sum()), float(self.job.replica.whole(norm))
+        (bad,) = self.world.any(not (math.isfinite(loss_value) and math.isfinite(norm_value)))
+        if bad:
+            self._roll_back(loss_value, norm_value)
             return
         rate = self.job.learning_rate * self.learning_rate_factor()
         for group in self.job.optimizer.param_groups:
@@ -187,9 +200,11 @@ class Trainer:
             return
         if settings.eval_steps and step % settings.eval_steps == 0 or step == self.job.total_steps:
             self.evaluate()
-        if self.stop.requested:
+        due = self.world.is_main and time.monotonic() - self._last_save > 60 * settings.save_minutes
+        stop, due = self.world.any(self.stop.requested, due)
+        if stop:
+            self.stop.join()
             self._interrupt()
-        due = time.monotonic() - self._last_save > 60 * settings.save_minutes
         if step % settings.save_steps == 0 or due:
             self.save()
 
@@ -201,7 +216,7 @@ class Trainer:
 
     def evaluate(self) -> float | None:
         """Mean cross-entropy on the first held-out sequences; logged as nats per token and bits per byte."""
-        loss = self._held_out_loss(self.job.model)
+        loss = self._held_out_loss(self.job.replica.module)
         self.job.model.train()
         if loss is not None:
             self.metrics.evaluation(self.state, loss=loss, bits_per_byte=self._bits_per_byte(loss))
@@ -210,7 +225,9 @@ class Trainer:
     def _measure_teacher(self) -> None:
         """What the student is to reach, on the very text that `evaluate` uses; kept as an event of the run."""
         teacher = self.job.objective.teacher()
-        loss = None if teacher is None else self._held_out_loss(teacher)
+        loss = None
+        if teacher is not None:
+            loss = self._held_out_loss(TrainingModule(teacher, self.job.objective, self.dtype))
         if loss is not None:
             self.metrics.event("teacher", teacher_loss=loss, teacher_bits_per_byte=self._bits_per_byte(loss))
 
@@ -218,51 +235,60 @@ class Trainer:
         return loss / math.log(2) / self.job.bytes_per_token
 
     @torch.no_grad()
-    def _held_out_loss(self, model: PreTrainedModel) -> float | None:
-        """Nats per token on the first held-out sequences; None without any."""
+    def _held_out_loss(self, module: TrainingModule) -> float | None:
+        """Nats per token on the first held-out sequences, shared out among the processes; None without any."""
         from edgewright.objective import NextToken
 
         if self.job.held_out is None:
             return None
-        model.eval()
-        objective = NextToken()
-        size, nats, counted = self.job.settings.per_device_train_batch_size, 0.0, 0
+        module.model.eval()
+        objective, size = NextToken(), self.job.settings.per_device_train_batch_size
         sequences = min(self.job.settings.eval_sequences, len(self.job.held_out))
-        plain = TrainingModule(model, objective, self.dtype)
-        for start in range(0, sequences, size):
+        starts = range(0, sequences, size)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for number in range(self.world.rank, len(starts) + self.world.rank, self.world.size):
+            start = starts[number % len(starts)]  # all run equally often: cut-up weights are put together by all
             batch = self.job.held_out.batch(start, min(size, sequences - start))
-            nats += float(plain(model_inputs(batch, self.device), 1.0)[0])
-            counted += batch.valid_tokens
-        return nats / max(1, counted)
+            nats = float(module(model_inputs(batch, self.device), 1.0, objective)[0])
+            if number < len(starts):
+                sums += torch.tensor([nats, batch.valid_tokens], dtype=torch.float64)
+        nats, counted = self.world.sum(sums).tolist()
+        return nats / max(1.0, counted)
 
-    def save(self) -> Path | None:
-        """Write a checkpoint of this very step, unless it is there already."""
+    def save(self) -> None:
+        """Write a checkpoint of this very step, unless it is there already; the main process does."""
+        final = checkpoint.directory_of(self.job.directory / "checkpoints", self.state.step)
+        if self.world.shared(self._clean and final.exists()):
+            return
+        model = self.job.replica.whole_model()
+        optimizer = self.job.replica.gathered(named_state(self.job.optimizer, self.job.model))
+        self.world.main_only(lambda: self._write(model, optimizer))
+        self._last_save = time.monotonic()
+        self._clean = True
+
+    def _write(self, model: PreTrainedModel | None, optimizer: dict[str, Tensor]) -> None:
+        assert model is not None, "the main process has the whole model"
         directory = self.job.directory / "checkpoints"
-        final = directory / f"step-{self.state.step:08d}"
-        if self._clean and final.exists():
-            return None
         path = checkpoint.save(
             directory,
-            model=self.job.model,
-            optimizer=named_state(self.job.optimizer, self.job.model),
+            model=model,
+            optimizer=optimizer,
             methods={method.type: method.state_dict() for method in self.job.methods},
             state=self.state,
             rng=random_state(self.device),
             extra_files=self.job.extra_files,
         )
         checkpoint.prune(directory, self.job.settings.keep_checkpoints)
-        self._last_save = time.monotonic()
-        self._clean = True
         self.metrics.saved(self.state, path)
-        return path
 
     def _interrupt(self) -> NoReturn:
         self.save()
         self.stop.raise_interrupted(self.state.step)
 
-    def _roll_back(self, loss: float, norm: float, indices: list[int]) -> None:
+    def _roll_back(self, loss: float, norm: float) -> None:
         """Back to the last good checkpoint, with this global batch on the list of those never trained on."""
         bad, step = self.state.position, self.state.step
+        indices = self.job.batches.batch(bad, self.global_batch).indices
         rollbacks, skipped = self.state.rollbacks + 1, [*self.state.skipped, bad]
         self.metrics.event(
             "non_finite", step=step, loss=repr(loss), grad_norm=repr(norm), sequences=indices, rollbacks=rollbacks

@@ -12,15 +12,19 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edgewright.sizes import MemorySize
+
 
 class BudgetConfig(BaseModel):
-    """How long a stage trains: exactly one of the two."""
+    """How long a stage trains: exactly one of max_steps and max_tokens; and the memory that it may take."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_steps: int | None = Field(default=None, gt=0)
     """Optimizer steps."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Training tokens, rounded up to whole steps."""
+    memory: MemorySize | None = None
+    """Such as 8GB: the cheapest of the settings left open that fits is taken, and printed. null: no limit."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> BudgetConfig:
@@ -36,18 +40,39 @@ class BudgetConfig(BaseModel):
         return -(-self.max_tokens // tokens_per_step)
 
 
+Sharding = Literal["none", "full"]
+
+
 class TrainingConfig(BaseModel):
     """The loop's settings, named as in Hugging Face's TrainingArguments where those have them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     per_device_train_batch_size: int = Field(default=8, gt=0)
-    """Sequences per micro-batch."""
+    """Sequences per micro-batch, which is what a device takes at once."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
-    """Micro-batches per optimizer step; the mean is over all their tokens."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Clip the gradient's global norm to this."""
+    """Micro-batches per optimizer step, those of all processes together, so that a run takes the same steps on any
+    number of them; the mean is over all their tokens."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Clip the gradient's global norm to this; null: no clipping."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Compute type; weights and optimizer stay float32. auto: bf16 where the hardware multiplies it natively."""
+    """Compute type. auto: bf16 where the hardware multiplies it natively."""
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    """What the trained weights are stored in. bf16 and int8 (linear layers of attention and mlp, in groups) are written
+    with stochastic rounding, and have no float32 copy."""
+    gradient_checkpointing: bool | None = None
+    """Keep only the inputs of each decoder block, and compute the rest again in the backward pass: the same gradients,
+    a third more work. null: off, unless budget.memory needs it."""
+    gradient_release: bool | None = None
+    """Step each parameter inside the backward pass, so that the gradients never all exist. Needs one micro-batch per
+    step and max_grad_norm: null. null: off, unless budget.memory needs it."""
+    offload_optimizer: bool | None = None
+    """Keep the optimizer's state in host memory, and bring it to the GPU parameter by parameter. null: off, unless
+    budget.memory needs it."""
+    auto_find_batch_size: bool = True
+    """Where memory runs out halve the micro-batch, and run the same global batch again."""
+    sharding: Sharding = "none"
+    """Under torchrun: none copies the weights to every process (DDP), full cuts weights, gradients and optimizer state
+    up among them (FSDP2). One process alone has all of them either way."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. auto: on when the run is long enough to earn its start-up cost back."""
     logging_steps: int = Field(default=10, gt=0)
@@ -63,9 +88,28 @@ class TrainingConfig(BaseModel):
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept."""
 
+    @model_validator(mode="after")
+    def _releasable(self) -> TrainingConfig:
+        if self.gradient_release and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "gradient_release needs gradient_accumulation_steps: 1, since a gradient that is stepped and freed "
+                "cannot be added to"
+            )
+        if self.gradient_release and self.max_grad_norm is not None:
+            raise ValueError(
+                "gradient_release needs max_grad_norm: null, since the global norm is known only when all gradients "
+                "have existed"
+            )
+        return self
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
     def tokens_per_step(self, sequence_length: int) -> int:
         """Tokens of a global batch."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * sequence_length
+        return self.global_batch * sequence_length
 
 
 COMPILE_COST_SECONDS = 40.0
@@ -77,22 +121,40 @@ CPU_FLOPS_PER_CORE = {"float32": 60e9, "bfloat16": 200e9}
 that the same recipe takes the same decision in every run on a machine."""
 
 
-def decide(settings: TrainingConfig, *, parameters: int, tokens: int) -> dict[str, Any]:
-    """Device, compute type, compilation and threads, by rules that depend on the machine and the recipe alone."""
+def decide(settings: TrainingConfig, *, parameters: int, tokens: int, processes: int = 1) -> dict[str, Any]:
+    """Device, compute type, compilation and threads, by rules that depend on the machine and the recipe alone.
+
+    Args:
+        processes: how many train together. Modules that are cut up among them are not compiled.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = torch.get_num_threads()
     precision = {"bf16": "bfloat16", "fp32": "float32", "auto": _fast_precision(device)}[settings.precision]
-    seconds = 6.0 * parameters * tokens / (CPU_FLOPS_PER_CORE[precision] * threads)
-    pays = device == "cpu" and seconds * COMPILE_GAIN > COMPILE_COST_SECONDS
+    seconds = 6.0 * parameters * tokens / (CPU_FLOPS_PER_CORE[precision] * threads * processes)
+    cut_up = processes > 1 and settings.sharding == "full"
+    pays = device == "cpu" and not cut_up and seconds * COMPILE_GAIN > COMPILE_COST_SECONDS
     compile_model = {"on": True, "off": False, "auto": pays and _compiler_works()}[settings.compile]
     return {
         "device": device,
         "precision": precision,
         "compile": compile_model,
         "threads": threads,
+        "processes": processes,
         "torch": torch.__version__,
+        **memory_decisions(settings),
+    }
+
+
+def memory_decisions(settings: TrainingConfig) -> dict[str, Any]:
+    """The memory settings as the recipe has them, before anything changes what it left open."""
+    return {
+        "micro_batch": settings.per_device_train_batch_size,
+        "weights": settings.weights,
+        "gradient_checkpointing": bool(settings.gradient_checkpointing),
+        "gradient_release": bool(settings.gradient_release),
+        "offload_optimizer": bool(settings.offload_optimizer),
     }
 
 
@@ -143,6 +205,10 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         return self.number is not None
+
+    def join(self) -> None:
+        """Another process of the run was asked to stop, and so all do."""
+        self.number = self.number or signal.SIGTERM
 
     def raise_interrupted(self, step: int | None) -> NoReturn:
         """Leave the loop."""
