@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.files import disk_errors, sha256_file, sync_directory, sync_tree
 from edgewright.student import without_progress_bars
+from edgewright.world import copied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,17 +181,23 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return weights
 
 
-def put_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Copy saved tensors into a model in place: parameters and saved buffers; tied ones are saved once."""
+def put_weights(
+    model: PreTrainedModel, weights: dict[str, Tensor], place: Callable[[Tensor, Tensor], Tensor] = copied
+) -> None:
+    """Copy saved tensors into a model in place: parameters and saved buffers; tied ones are saved once.
+
+    Args:
+        place: makes of a saved tensor what its parameter is (`world.Replica.place`).
+    """
     import torch
 
     places = model.state_dict(keep_vars=True)
-    found = {places[name].data_ptr() for name in weights}
-    missing = [name for name, tensor in places.items() if name not in weights and tensor.data_ptr() not in found]
+    found = {id(places[name]) for name in weights}
+    missing = [name for name, tensor in places.items() if name not in weights and id(tensor) not in found]
     assert not missing, f"the checkpoint lacks {missing}"
     with torch.no_grad():
         for name, tensor in weights.items():
-            places[name].copy_(tensor)
+            places[name].copy_(place(tensor, places[name]))
 
 
 def prune(directory: Path, keep: int) -> None:

@@ -207,6 +207,7 @@ def run(
     """
     from edgewright.run import run
     from edgewright.training import Interrupted
+    from edgewright.world import speaks
 
     try:
         with _quiet_stdout():
@@ -217,7 +218,8 @@ def run(
         words = ["edgewright", "run", str(recipe), *(overrides or [])]
         print(f"{stop}\n  go on with: {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
-    _show("run", result, as_json)
+    if speaks():
+        _show("run", result, as_json)
 
 
 @app.command()

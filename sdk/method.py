@@ -96,6 +96,13 @@ class Method(ABC):
             RecipeError: with the nearest legal value.
         """
 
+    def kept_whole(self) -> str | None:
+        """Why its weights cannot be cut up among processes (`training.sharding: full`); None where they can.
+
+        They can where nothing but the forward and the optimizer reads or changes them before `finish`.
+        """
+        return "between the steps it reads or changes whole weights"
+
     def before_step(self, ctx: StepContext) -> None:  # noqa: B027 - an optional hook
         """Called before the forward of every optimizer step; again for the same step when a signal cut that one off.
 

@@ -24,16 +24,25 @@ class Metrics:
         logging_steps: print every so many steps.
         save_steps: a checkpoint every so many steps, for the time that is left until the next.
         say: where plain lines go.
+        silent: whether another process measures and writes.
     """
 
     def __init__(
-        self, path: Path, *, name: str, logging_steps: int, save_steps: int, say: Callable[[str], None]
+        self,
+        path: Path,
+        *,
+        name: str,
+        logging_steps: int,
+        save_steps: int,
+        say: Callable[[str], None],
+        silent: bool = False,
     ) -> None:
         self.path = path
         self.name = name
         self.logging_steps = logging_steps
         self.save_steps = save_steps
         self.say = say
+        self.silent = silent
         self.total_steps = 0
         self._panel: Any = None
         self._recent: list[tuple[int, float]] = []
@@ -41,7 +50,7 @@ class Metrics:
 
     def rewind(self, step: int) -> None:
         """Drop measurements after `step` (and a half-written last line); events stay."""
-        if not self.path.exists():
+        if self.silent or not self.path.exists():
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -116,7 +125,7 @@ class Metrics:
     def panel(self, total_steps: int) -> Iterator[None]:
         """A live panel while the block runs, if standard error is a terminal."""
         self.total_steps = total_steps
-        if not sys.stderr.isatty():
+        if self.silent or not sys.stderr.isatty():
             yield
             return
         from edgewright.panel import Panel
@@ -128,6 +137,8 @@ class Metrics:
                 self._panel = None
 
     def _append(self, entry: dict[str, object]) -> None:
+        if self.silent:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

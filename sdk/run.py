@@ -10,32 +10,25 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright._verbs import VerbModule
-from edgewright.errors import Locked, OutOfResources, Unsafe
 from edgewright.files import write_json, write_text
 
 if TYPE_CHECKING:
     from edgewright.data import Corpus
     from edgewright.evaluate import Evaluation
     from edgewright.recipe import Recipe
+    from edgewright.world import World
 
 Say = Callable[[str], None]
-
-MARKER = ".edgewright-run"
-"""A file that says that a directory is a run's, so that `--fresh` never removes anything else."""
-PARTS = ("data", "stages", "exports")
-"""Folders of a run directory that belong to the run."""
 
 MOST_DOCUMENTS = 1000
 """Held-out documents that a limited evaluation spreads its tokens over: they are held in memory."""
@@ -82,51 +75,65 @@ def run(recipe: str | Path, *overrides: str, fresh: bool = False, say: Say | Non
         Interrupted: a signal; the same command goes on. Every other EdgewrightError as its part raises it.
     """
     from edgewright.recipe import load_recipe
+    from edgewright.run_directory import taken
     from edgewright.training import StopRequest
+    from edgewright.world import joined
 
-    say = say or _to_stderr
-    loaded = load_recipe(recipe, overrides)
-    directory = loaded.run_directory
-    loaded.data.fingerprint()  # the corpus is there; nothing is made or removed before that is known
-    _check_place(loaded, directory, fresh)
-    _make(directory)
-    with _locked(directory), StopRequest().installed() as stop:
-        if fresh:
-            _clear(directory)
-        return _Run(Path(recipe), loaded, directory, say).finish(stop)
+    with joined() as world, ExitStack() as held:
+        loaded = load_recipe(recipe, overrides)
+        world.check(loaded)
+        directory = loaded.run_directory
+        loaded.data.fingerprint()  # the corpus is there; nothing is made or removed before that is known
+        world.main_only(lambda: held.enter_context(taken(loaded, directory, fresh=fresh)))
+        stop = held.enter_context(StopRequest().installed())
+        speak = (say or _to_stderr) if world.is_main else _to_nobody
+        return _Run(Path(recipe), loaded, directory, speak, world).finish(stop)
 
 
 class _Run:
     """The parts of a run, in order; each finds by itself what is done already."""
 
-    def __init__(self, source: Path, recipe: Recipe, directory: Path, say: Say) -> None:
+    def __init__(self, source: Path, recipe: Recipe, directory: Path, say: Say, world: World) -> None:
         self.source = source
         self.recipe = recipe
         self.directory = directory
         self.say = say
+        self.world = world
         self.held_out: list[str] = []
 
     def finish(self, stop: Any) -> RunResult:
         from edgewright.data import prepare_data
-        from edgewright.report import report
-        from edgewright.stage import StageResult, check_same_recipe, train_stage
+        from edgewright.stage import StageResult, train_stage
 
-        write_text(self.directory / MARKER, "This directory belongs to `edgewright run`.\n")
-        corpus = prepare_data(self.recipe.data, self.directory / "data", say=self.say)
-        for stage in self.recipe.stages:
-            check_same_recipe(self.recipe, stage, corpus, self.directory / "stages" / stage.name)
-        _write_provenance(self.source, self.recipe, self.directory)
-        self._look_ahead(corpus)
+        corpus = self.world.main_first(lambda: prepare_data(self.recipe.data, self.directory / "data", say=self.say))
+        self.world.main_only(lambda: self._begin(corpus))
         stages: dict[str, StageResult] = {}
         for stage in self.recipe.stages:
             models = {name: result.model for name, result in stages.items()}
             folder = self.directory / "stages" / stage.name
-            stages[stage.name] = train_stage(self.recipe, stage, corpus, folder, models, say=self.say, stop=stop)
-        models = {name: result.model for name, result in stages.items()}
-        artifacts = self._export(models)
-        results = self._results(corpus, stages, artifacts)
-        page = report(self.directory)
-        return RunResult(directory=self.directory, report=page.path, results=results)
+            stages[stage.name] = train_stage(
+                self.recipe, stage, corpus, folder, models, say=self.say, stop=stop, world=self.world
+            )
+        self.world.main_only(lambda: self._conclude(corpus, stages))
+        results = json.loads((self.directory / "results.json").read_text(encoding="utf-8"))
+        return RunResult(directory=self.directory, report=self.directory / "report.html", results=results)
+
+    def _begin(self, corpus: Corpus) -> None:
+        """What is to be known and kept before the first stage."""
+        from edgewright.stage import check_same_recipe
+
+        for stage in self.recipe.stages:
+            check_same_recipe(self.recipe, stage, corpus, self.directory / "stages" / stage.name)
+        _write_provenance(self.source, self.recipe, self.directory)
+        self._look_ahead(corpus)
+
+    def _conclude(self, corpus: Corpus, stages: dict[str, Any]) -> None:
+        """What comes of the finished stages: files, measurements, the report."""
+        from edgewright.report import report
+
+        artifacts = self._export({name: result.model for name, result in stages.items()})
+        self._results(corpus, stages, artifacts)
+        report(self.directory)
 
     def _look_ahead(self, corpus: Corpus) -> None:
         """Refuse now what would stop a later stage."""
@@ -174,7 +181,7 @@ class _Run:
                 self.say(f"  {fallback.tensor} is stored as {fallback.quant}: {fallback.reason}")
         return paths
 
-    def _results(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
+    def _results(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> None:
         """Measure everything, once: `results.json` remembers what it was measured from."""
         target = self.directory / "results.json"
         key = self._measured_from(corpus, stages, artifacts)
@@ -182,11 +189,10 @@ class _Run:
             before: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
             if before.get("measured_from") == key:
                 self.say("measured already")
-                return before
+                return
         results = self._measure(corpus, stages, artifacts)
         results["measured_from"] = key
         write_json(target, results)
-        return results
 
     def _measured_from(self, corpus: Corpus, stages: dict[str, Any], artifacts: dict[str, Path]) -> dict[str, Any]:
         from edgewright.export.artifact import read_entry
@@ -405,83 +411,6 @@ def _parameters(directory: Path) -> int:
     return total
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One process per run directory. The operating system drops the lock when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    holder, lock = directory / "lock.json", FileLock(directory / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        who = json.loads(holder.read_text(encoding="utf-8")) if holder.exists() else {}
-        raise Locked(
-            "EW-402",
-            "another process works in this run directory",
-            where=directory.absolute(),
-            found=f"process {who.get('pid', 'unknown')} on {who.get('host', 'unknown')}, since {who.get('since', '?')}",
-            fix="wait for it or stop it, or choose another output_dir",
-        ) from None
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
-
-
-def _check_place(recipe: Recipe, directory: Path, fresh: bool) -> None:
-    """Refuse a directory whose folders are somebody else's, and a fresh start that would remove what the recipe needs.
-
-    Raises:
-        Unsafe: EW-405.
-    """
-    taken = [name for name in PARTS if (directory / name).exists()]
-    if taken and not (directory / MARKER).exists():
-        raise Unsafe(
-            "EW-405",
-            "this directory is no run's, and has folders of the names that a run uses",
-            where=directory.absolute(),
-            found=", ".join(taken),
-            fix="choose another output_dir",
-        )
-    for path in recipe.input_paths() if fresh else []:
-        if any(path.absolute().is_relative_to((directory / name).absolute()) for name in PARTS):
-            raise Unsafe(
-                "EW-405",
-                "a fresh start would remove what the recipe needs",
-                where=path,
-                fix="move it out of the run directory, or choose another output_dir",
-            )
-
-
-def _make(directory: Path) -> None:
-    """Make the run directory; whatever the system refuses there is the user's to mend (EW-406)."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".{os.getpid()}.probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutOfResources(
-            "EW-406",
-            "the run directory cannot be made or written",
-            where=directory.absolute(),
-            expected="a directory that this user may write to",
-            found=error.strerror or str(error),
-            fix="choose another output_dir",
-        ) from error
-
-
-def _clear(directory: Path) -> None:
-    for name in PARTS:
-        if (directory / name).exists():
-            shutil.rmtree(directory / name)
-    for name in ("results.json", "report.html"):
-        (directory / name).unlink(missing_ok=True)
-
-
 def _write_provenance(source: Path, recipe: Recipe, directory: Path) -> None:
     from edgewright.machine import describe_machine
 
@@ -490,6 +419,10 @@ def _write_provenance(source: Path, recipe: Recipe, directory: Path) -> None:
         write_text(directory / "recipe.yaml", source.read_text(encoding="utf-8"))
     recipe.dump_yaml(resolved)
     write_json(directory / "env.json", describe_machine())
+
+
+def _to_nobody(line: str) -> None:
+    """The main process says it."""
 
 
 def _to_stderr(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,28 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     }
 
 
-def restore_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put `named_state`'s tensors back."""
+def on_device(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a saved tensor on the device of its parameter."""
+    return tensor.to(like.device, copy=True)
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    place: Callable[[Tensor, Tensor], Tensor] = on_device,
+) -> None:
+    """Put `named_state`'s tensors back.
+
+    Args:
+        place: makes of a saved tensor what is kept for its parameter (`world.Replica.place`).
+    """
     parameters = dict(model.named_parameters())
     state: dict[Tensor, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
-        state.setdefault(parameters[name], {})[kind] = tensor.to(parameters[name].device, copy=True)
+        owner = parameters[name]
+        state.setdefault(owner, {})[kind] = place(tensor, owner)
     optimizer.state.clear()
     optimizer.state.update(state)
 

@@ -38,7 +38,7 @@ def test_fresh_starts_again(finished, tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from edgewright.run import _locked
+from edgewright.run_directory import _locked
 with _locked(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
