@@ -1,8 +1,9 @@
 """Checkpoints: atomic, verified, and complete enough that a resumed run is the uninterrupted run, bit for bit.
 
 `step-00000100/` holds `model/` (a Hugging Face directory with the trainable weights under their plain names),
-`optimizer.safetensors`, `methods.safetensors`, `state.json`, and `MANIFEST.json`, written last, with every file's
-SHA-256. It is written under a temporary name, synced, renamed, read back, and only then are older ones removed.
+`weights.safetensors` (codes and scales of weights that training stores in eight bits), `optimizer.safetensors`,
+`methods.safetensors`, `state.json`, and `MANIFEST.json`, written last, with every file's SHA-256. It is written under a
+temporary name, synced, renamed, read back, and only then are older ones removed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.files import disk_errors, sha256_file, sync_directory, sync_tree
 from edgewright.student import without_progress_bars
+from edgewright.weights import plain_state_dict, stored_parts
 from edgewright.world import copied
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Loaded:
     rng: dict[str, list[int]]
     optimizer: dict[str, Tensor]
     methods: dict[str, Any]
+    parts: dict[str, Tensor]
+    """`weights.stored_parts` of the model."""
 
 
 def save(
@@ -91,9 +95,10 @@ def save(
         with disk_errors(temporary):
             (temporary / "model").mkdir(parents=True)
             with without_progress_bars():
-                model.save_pretrained(temporary / "model")
+                model.save_pretrained(temporary / "model", state_dict=plain_state_dict(model))
             mark(model, temporary / "model")
             extra_files(temporary / "model")
+            save_file(stored_parts(model), temporary / "weights.safetensors")
             save_file(
                 {name: tensor.contiguous() for name, tensor in optimizer.items()}, temporary / "optimizer.safetensors"
             )
@@ -162,12 +167,14 @@ def load(checkpoint: Path) -> Loaded:
     for key, tensor in load_file(checkpoint / "methods.safetensors").items():
         method, _, name = key.partition("/")
         methods[method][name] = tensor
+    parts = checkpoint / "weights.safetensors"  # which older checkpoints lack
     return Loaded(
         directory=checkpoint,
         state=TrainState(**values),
         rng=content["rng"],
         optimizer=load_file(checkpoint / "optimizer.safetensors"),
         methods=methods,
+        parts=load_file(parts) if parts.exists() else {},
     )
 
 

@@ -29,6 +29,7 @@ from edgewright.student import (
 )
 from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, memory_decisions
 from edgewright.vocabulary import check_same_tokens
+from edgewright.weights import check_weights, hold_weights_as, plain_state_dict
 from edgewright.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -109,6 +110,12 @@ def train_stage(
     check_memory_settings(state.decisions)
     _same_machine(state, say)
     torch.manual_seed(recipe.seed)
+    check_weights(model, state.decisions["weights"], methods=[config.type for config in stage.methods])
+    stored = hold_weights_as(model, state.decisions["weights"])  # before the device sees them, which may be too small
+    if stored:
+        say(f"{stage.name}: {stored}")
+    for note in stage.optimizer.notes(state.decisions["device"]):
+        say(f"note: {note}")
     model.to(state.decisions["device"])
     check_head(model, f"start of stage {stage.name}")
     methods: list[Method] = [config.build() for config in stage.methods]
@@ -294,7 +301,7 @@ def _write_model(
         shutil.rmtree(leftover)
     with disk_errors(target):
         with without_progress_bars():
-            plain.save_pretrained(temporary)
+            plain.save_pretrained(temporary, state_dict=plain_state_dict(plain))
         mark(plain, temporary)
         extra_files(temporary)
         if lattice:

@@ -26,6 +26,7 @@ from edgewright.optim.state import named_state, reset_state, restore_state
 from edgewright.schedule import rewarm_factor
 from edgewright.student import hidden_states, output_head
 from edgewright.training import StopRequest, TrainingConfig
+from edgewright.weights import load_parts
 from edgewright.world import ALONE, Replica, World
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Trainer:
     def restore(self, loaded: checkpoint.Loaded, weights: dict[str, Tensor]) -> None:
         """Put a checkpoint's optimizer, methods and random state back; `weights` are the model's tensors."""
         checkpoint.put_weights(self.job.model, weights, self.job.replica.place)
+        load_parts(self.job.model, loaded.parts)
         restore_state(self.job.optimizer, self.job.model, loaded.optimizer, self.job.replica.place)
         for method in self.job.methods:
             method.load_state_dict(loaded.methods[method.type])

@@ -16,6 +16,7 @@ class OptimizerConfigBase(BaseModel, ABC):
     """The settings of an optimizer, by the name in its `type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    type: str
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -31,3 +32,7 @@ class OptimizerConfigBase(BaseModel, ABC):
 
         Only shapes and types are read, so the model may be on meta.
         """
+
+    def notes(self, device: str) -> tuple[str, ...]:
+        """What somebody who trains with it on a device (`cpu`, `cuda`) should know."""
+        return ()

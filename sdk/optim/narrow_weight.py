@@ -114,7 +114,7 @@ class NarrowWeight(Tensor):
             transposed=self.transposed if transposed is None else transposed,
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:

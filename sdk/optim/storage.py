@@ -17,9 +17,10 @@ nearest would keep it for ever.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,22 +105,18 @@ class Int8Storage(MomentStorage):
         self.signed = signed
 
     def read(self, state: dict[str, Tensor], key: str) -> Tensor:
-        from bitsandbytes.functional import dequantize_blockwise
-
         codes = state[key]
         if codes.dtype == torch.float32:
             return codes
         book = code_book(self.signed, codes.device)
-        return dequantize_blockwise(codes, absmax=state[f"{key}_absmax"], code=book, blocksize=BLOCK)
+        return blockwise().dequantize_blockwise(codes, absmax=state[f"{key}_absmax"], code=book, blocksize=BLOCK)
 
     def write(self, state: dict[str, Tensor], key: str, value: Tensor) -> None:
-        from bitsandbytes.functional import quantize_blockwise
-
         if value.numel() < SMALLEST_INT8:
             state[key] = value
             return
         book = code_book(self.signed, value.device)
-        codes, quantized = quantize_blockwise(value.contiguous(), code=book, blocksize=BLOCK)
+        codes, quantized = blockwise().quantize_blockwise(value.contiguous(), code=book, blocksize=BLOCK)
         state[key], state[f"{key}_absmax"] = codes, quantized.absmax
 
     def zero(self, state: dict[str, Tensor], key: str, mask: Tensor) -> None:
@@ -135,9 +132,19 @@ class Int8Storage(MomentStorage):
 @cache
 def code_book(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of bitsandbytes' dynamic data type, ascending, in -1..1 or 0..1."""
-    from bitsandbytes.functional import create_dynamic_map
+    return blockwise().create_dynamic_map(signed=signed).to(device)
 
-    return create_dynamic_map(signed=signed).to(device)
+
+@cache
+def blockwise() -> Any:
+    """bitsandbytes' functions; without its advice to install a kernel for 4-bit products, which nothing here uses."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    import bitsandbytes.functional
+
+    logger.setLevel(level)
+    return bitsandbytes.functional
 
 
 def moment_storage(states: StatesType, *, signed: bool) -> MomentStorage:
