@@ -36,7 +36,7 @@ class Restarts(BaseModel):
     reset: bool = True
     """Whether a restart zeroes the optimizer's state and dips the learning rate: most of the gain, by the paper."""
     rewarm_steps: int = Field(default=10, ge=0)
-    """Steps of the way back from the dip; 0: no dip."""
+    """Steps of the way back from the dip of a reset; 0: no dip."""
 
     @property
     def heeded(self) -> frozenset[str]:
@@ -52,7 +52,12 @@ class Restarts(BaseModel):
             return self
         if not (self.refactor or self.reset):
             raise ValueError("restart_every needs refactor or reset: without both a restart does nothing")
-        if self.reset and self.rewarm_steps >= self.restart_every:
+        if not self.reset:
+            if self.rewarm_steps != Restarts.model_fields["rewarm_steps"].default:
+                raise ValueError(
+                    "rewarm_steps is of a reset, and reset is false: a restart that only refactors dips no rate"
+                )
+        elif self.rewarm_steps >= self.restart_every:
             raise ValueError(
                 f"rewarm_steps must be below restart_every ({self.restart_every}), or the rate never comes back"
             )

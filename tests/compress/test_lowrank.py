@@ -214,7 +214,8 @@ def test_restarts_come_at_the_end_of_a_period_that_another_follows(total, steps)
 
 @pytest.mark.parametrize("refactor", [True, False])
 def test_refactor_and_reset_are_switched_apart(refactor):
-    config = LowRankConfig(rank=8, restart_every=2, rewarm_steps=1, refactor=refactor, reset=not refactor)
+    rewarm = {} if refactor else {"rewarm_steps": 1}
+    config = LowRankConfig(rank=8, restart_every=2, refactor=refactor, reset=not refactor, **rewarm)
     model, method = prepared(config)
     loop = Loop(model, method)
     loop.run(2)
@@ -294,6 +295,7 @@ def test_a_period_that_never_comes_is_refused():
         ({"rank": 8, "reset": False}, "reset is of restarts"),
         ({"rank": 8, "rewarm_steps": 5}, "rewarm_steps is of restarts"),
         ({"rank": 8, "relora": {"merge_every": 100}, "reset": False}, "reset is of restarts"),
+        ({"rank": 8, "restart_every": 50, "reset": False, "rewarm_steps": 5}, "rewarm_steps is of a reset"),
         ({"rank": 8, "relora": {"merge_every": 100}, "refactor": False}, "refactor is of restarts"),
     ],
 )
