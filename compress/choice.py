@@ -39,6 +39,16 @@ class LayerChoice(BaseModel):
         """Whether the weights that are there stay as they are for a while, so that random ones are a bad start."""
         return False
 
+    def asks_for(self, layer: str) -> bool:
+        """Whether the recipe means this linear layer; by its name alone."""
+        asked = not self.layers or any(named(pattern, layer) for pattern in self.layers)
+        return asked and not any(named(pattern, layer) for pattern in self.exclude)
+
+    def asks_for_all_of(self, other: LayerChoice) -> bool:
+        """Whether the recipe means, as far as names tell, every layer here that it means there."""
+        wider = not self.layers or (bool(other.layers) and set(self.layers) >= set(other.layers))
+        return wider and set(self.exclude) <= set(other.exclude)
+
     def left_behind(self, after: Sequence[LayerChoice]) -> str | None:
         """What the method trains beside the weights and a next stage, with those methods, does not go on from."""
         return None

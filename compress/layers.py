@@ -83,8 +83,7 @@ def choose(model: PreTrainedModel, choice: LayerChoice, *, method: str, head: bo
             _check_name(setting, pattern, linears)
     chosen = {}
     for name, module in linears.items():
-        asked = not choice.layers or any(named(pattern, name) for pattern in choice.layers)
-        if not asked or any(named(pattern, name) for pattern in choice.exclude):
+        if not choice.asks_for(name):
             continue
         if module is output and not head:
             if choice.layers:

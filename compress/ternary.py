@@ -2,13 +2,13 @@
 
 Continuation of a full-precision model (BitCPM4's two stages, arXiv 2506.07900) is a second stage with `student: {type:
 stage}` and a schedule of its own: it starts from the weights of the first, and warms its learning rate up again. The
-latent weights go on, also from one ternary stage to the next; learned scales do not (the next stage takes its own from
-the weights), and Tequila's bias only to another stage of Tequila, which makes it of the same weights.
+latent weights go on, also from one ternary stage to the next; learned scales do where the next stage has the same rule
+and the same groups, and Tequila's bias to another stage of Tequila, which makes it of the same weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -19,7 +19,7 @@ from edgewright.errors import RecipeError
 from edgewright.method import Method, MethodReport, StepContext
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from edgewright.compress.ternary_linear import TernaryLinear
@@ -74,11 +74,20 @@ class TernaryConfig(LayerChoice):
         check_divides(layer, columns, self.whole())
 
     def left_behind(self, after: Sequence[LayerChoice]) -> str | None:
-        """Learned scales always, since every layer starts from those of its weights; Tequila's bias but for Tequila."""
-        if QUANTIZERS[self.quantizer].learned:
-            return "the learned scales"
-        again = any(isinstance(method, TernaryConfig) and method.quantizer == self.quantizer for method in after)
-        return "the biases of dead weights" if QUANTIZERS[self.quantizer].dead_bias and not again else None
+        """Learned scales but for layers of the same rule and groups, Tequila's bias but for Tequila."""
+        rule = QUANTIZERS[self.quantizer]
+        kind = "the learned scales" if rule.learned else "the biases of dead weights" if rule.dead_bias else None
+        again = [method for method in after if self.leaves_to(method)]
+        if kind is None or any(method.asks_for_all_of(self) for method in again):
+            return None
+        return f"some of {kind}" if again else kind
+
+    def leaves_to(self, after: LayerChoice | None) -> bool:
+        """Whether what is trained beside the weights means the same to another method."""
+        if not isinstance(after, TernaryConfig) or after.quantizer != self.quantizer:
+            return False
+        alike = (after.granularity, after.group) == (self.granularity, self.group)
+        return alike or not QUANTIZERS[self.quantizer].learned
 
     def finished(self) -> str:
         return "codes and scales"
@@ -171,6 +180,18 @@ class Ternary(Method):
         from edgewright.compress.fake_quant import refresh
 
         refresh(self._layers)
+
+    def go_on(self, before: Sequence[LayerChoice], trained: Mapping[str, Tensor]) -> None:
+        """Take over the learned scales of layers that had the same rule and the same groups."""
+        import torch
+
+        for name, layer in self._layers.items():
+            owner = next((config for config in before if config.asks_for(name)), None)
+            scale = trained.get(f"{name}.scale")
+            if layer.scale is not None and scale is not None and self.config.leaves_to(owner):
+                with torch.no_grad():
+                    layer.scale.copy_(scale)
+                layer.refresh()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         from edgewright.compress.fake_quant import refresh

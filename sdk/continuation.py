@@ -1,7 +1,8 @@
 """What a stage goes on from of the stage before, and what it does not: the notes of `check` and of a run.
 
 A stage whose methods keep the names of the weights is gone on from where its training left them, latents and all.
-What a method trains beside them, scales or a bias, is not carried over: a method of the next stage makes its own.
+What a method trains beside them, learned scales for instance, goes on with them to a method that can use it
+(`Method.go_on`), and is told of where none can.
 """
 
 from __future__ import annotations

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import builtins
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from edgewright.compress.choice import LayerChoice
     from edgewright.export.lattice import LatticeTensor
 
 
@@ -46,6 +47,16 @@ class MethodReport:
     """Layers that it left alone on purpose, by name."""
     numbers: dict[str, float]
     """Further figures for the log and the report: `compress.layers.cost`, and for instance the density of zeros."""
+
+
+def by_key(methods: Sequence[Method]) -> dict[str, Method]:
+    """A stage's methods by their keys in checkpoints and results: `type`, and `type-2` for the second of a type."""
+    seen: dict[str, int] = {}
+    found: dict[str, Method] = {}
+    for method in methods:
+        seen[method.type] = number = seen.get(method.type, 0) + 1
+        found[method.type if number == 1 else f"{method.type}-{number}"] = method
+    return found
 
 
 class Method(ABC):
@@ -85,6 +96,14 @@ class Method(ABC):
     @abstractmethod
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model in place into its trainable form, before the optimizer is built."""
+
+    def go_on(self, before: Sequence[LayerChoice], trained: Mapping[str, Tensor]) -> None:  # noqa: B027 - optional
+        """Called after `prepare` where a stage goes on from the very weights that an earlier one trained.
+
+        Args:
+            before: the methods of that stage.
+            trained: all tensors of its trained form by name, with those that its methods trained beside the weights.
+        """
 
     def check_run(self, total_steps: int) -> None:  # noqa: B027 - an optional hook
         """Called before anything is trained: refuse a run that is too short for what the method does on the way.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from edgewright.continuation import goes_on_from_latents, start_notes, without_l
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
 from edgewright.memory_rules import check_memory_settings
+from edgewright.method import by_key
 from edgewright.metrics import Metrics
 from edgewright.student import (
     CheckpointStudentConfig,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from edgewright.data import Corpus
     from edgewright.method import Method
     from edgewright.objective import Objective
-    from edgewright.recipe import Recipe, StageConfig
+    from edgewright.recipe import MethodConfig, Recipe, StageConfig
 
 WITHOUT_EFFECT_ON_BITS = frozenset(
     {"logging_steps", "save_steps", "save_minutes", "keep_checkpoints", "auto_find_batch_size", "sharding"}
@@ -60,6 +61,15 @@ class StageResult:
     parameters: int
     methods: dict[str, dict[str, float]]
     decisions: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The trained form of an earlier stage, from which one goes on."""
+
+    methods: Sequence[MethodConfig]
+    directory: Path
+    """Its weights, with what the methods trained beside them."""
 
 
 def train_stage(
@@ -98,7 +108,7 @@ def train_stage(
     loaded = checkpoint.load(newest) if newest else None
     if loaded and loaded.state.decisions.get("processes", 1) == world.size:
         torch.set_num_threads(loaded.state.decisions["threads"])
-    model = _student(recipe, stage, corpus, earlier, say)
+    model, origin = _student(recipe, stage, corpus, earlier, say)
     tokens_per_step = settings.tokens_per_step(data.sequence_length)
     steps = stage.budget.steps(tokens_per_step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -121,7 +131,7 @@ def train_stage(
     methods: list[Method] = [config.build() for config in stage.methods]
     for method in methods:
         method.check_run(steps)
-    _prepare(methods, model, say)
+    _prepare(methods, model, origin, say)
     batches, held_out = (
         Batches(
             stream,
@@ -177,7 +187,7 @@ def train_stage(
             tokens=final.tokens,
             seconds=final.seconds,
             parameters=parameters,
-            methods={method.type: method.describe(trained).numbers for method in methods},
+            methods={key: method.describe(trained).numbers for key, method in by_key(methods).items()},
             decisions=final.decisions,
         )
         write_json(done, {**asdict(result), "model": "model"})
@@ -210,12 +220,13 @@ def model_of(config: CheckpointStudentConfig | StageStudentConfig, earlier: dict
 
 def _student(
     recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]
-) -> PreTrainedModel:
-    config = stage.student
+) -> tuple[PreTrainedModel, Origin | None]:
+    """The model that a stage starts from, and, where that is the trained form of an earlier stage, whose."""
+    config, origin = stage.student, None
     for note in start_notes(recipe, stage):
         say(f"note: {note}")
     if isinstance(config, PresetStudentConfig):
-        return build_preset(
+        preset = build_preset(
             config,
             vocab_size=corpus.vocab_size,
             max_position_embeddings=recipe.data.sequence_length,
@@ -223,6 +234,7 @@ def _student(
             eos=corpus.eos_id,
             seed=recipe.seed,
         )
+        return preset, None
     from edgewright.export.lattice import SIDECAR
 
     directory = model_of(config, earlier)
@@ -231,6 +243,7 @@ def _student(
         assert before is not None, "the recipe was checked"
         if goes_on_from_latents(before):
             directory = trained_form(directory.parent, say)
+            origin = Origin(methods=before.methods, directory=directory)
     if stage.methods and (directory / SIDECAR).exists():
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
     for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
@@ -256,7 +269,7 @@ def _student(
             found=recipe.data.sequence_length,
             fix="lower data.sequence_length",
         )
-    return model
+    return model, origin
 
 
 def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:
@@ -278,6 +291,8 @@ def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str],
 
     for method in methods:
         method.prepare(model)
+        if origin and trained:
+            method.go_on(origin.methods, trained)
         report = method.describe(model)
         if report.changed == 0:
             raise changed_nothing(method.type)

@@ -16,6 +16,14 @@ from edgewright.student import load_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "sdk"))
 from tiny_run import write_recipe  # noqa: E402
 
+LONGER = """
+  - name: longer
+    student: {type: stage, stage: student}
+    methods: [{type: ternary, quantizer: seq_ternary}]
+    budget: {max_steps: 1}
+    training: {per_device_train_batch_size: 4, eval_steps: 0, eval_sequences: 4}
+evaluate: null"""
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -28,7 +36,9 @@ def finished(tmp_path_factory):
         "stages.student.training.save_steps=100",
         "stages.student.training.logging_steps=1",
     ]
-    edgewright.run(write_recipe(folder, ternary=True), f"output_dir={folder / 'run'}", *overrides)
+    recipe = write_recipe(folder, ternary=True)
+    recipe.write_text(recipe.read_text().replace("evaluate: null", LONGER))
+    edgewright.run(recipe, f"output_dir={folder / 'run'}", *overrides)
     return folder / "run" / "stages"
 
 
@@ -67,6 +77,29 @@ def test_it_ends_on_the_lattice(finished):
     scales = torch.from_numpy(source.lattice[f"{name}.weight"].scales[:, 0])
     torch.testing.assert_close(scales, steps, rtol=2**-8, atol=0)
     assert not torch.equal(trained[f"{name}.scale"], load_scale(finished, name)), "scales are trained"
+
+
+def test_learned_scales_go_on_to_a_stage_of_the_same_rule(finished):
+    ended = load_file(finished / "student/checkpoints/step-00000008/model/model.safetensors")
+    began = load_file(finished / "longer/checkpoints/step-00000000/model/model.safetensors")
+    assert began.keys() == ended.keys()
+    assert all(torch.equal(began[name], ended[name]) for name in ended)
+
+
+@pytest.mark.parametrize("changes", [{"quantizer": "seq_2bit"}, {"granularity": "tensor"}, {"exclude": ["up_proj"]}])
+def test_learned_scales_of_another_meaning_are_not_taken(finished, changes):
+    """Layers that had another rule, other groups, or none, start from their weights."""
+    before = TernaryConfig.model_validate({"quantizer": "seq_ternary"} | changes)
+    trained = load_file(finished / "student/checkpoints/step-00000008/model/model.safetensors")
+    model = load_model(finished / "base/model")
+    method = TernaryConfig(quantizer="seq_ternary").build()
+    method.prepare(model)
+    layers = {name: layer for name, layer in method._layers.items() if name.endswith("up_proj")}
+    own = {name: layer.scale.detach().clone() for name, layer in layers.items()}
+    method.go_on([before], trained)
+    assert own and all(torch.equal(layers[name].scale, own[name]) for name in own)
+    method.go_on([method.config], trained)
+    assert all(torch.equal(layers[name].scale, trained[f"{name}.scale"]) for name in own)
 
 
 def load_scale(stages, name):

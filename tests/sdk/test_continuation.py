@@ -26,7 +26,10 @@ def notes(*methods: dict | None) -> list[str]:
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
-        ([SEQ, SEQ], "the learned scales of stage 0"),
+        ([SEQ, {**SEQ, "quantizer": "seq_2bit"}], "the learned scales of stage 0"),
+        ([SEQ, {**SEQ, "granularity": "tensor"}], "the learned scales of stage 0"),
+        ([SEQ, {**SEQ, "exclude": ["q_proj"]}], "some of the learned scales of stage 0"),
+        ([{**SEQ, "layers": ["q_proj", "k_proj"]}, {**SEQ, "layers": ["q_proj"]}], "some of the learned scales"),
         ([SEQ, None], "the learned scales of stage 0"),
         ([TEQUILA, SEQ], "the biases of dead weights of stage 0"),
         ([TEQUILA, None], "the biases of dead weights of stage 0"),
@@ -40,7 +43,17 @@ def test_what_is_lost_is_told(methods, words):
 
 
 @pytest.mark.parametrize(
-    "methods", [[SEQ], [TEQUILA, TEQUILA], [{"type": "ternary"}, SEQ], [None, RELORA], [FACTORS, SEQ], [FACTORS]]
+    "methods",
+    [
+        [SEQ],
+        [SEQ, SEQ],
+        [{**SEQ, "exclude": ["q_proj"]}, SEQ],
+        [TEQUILA, TEQUILA],
+        [{"type": "ternary"}, SEQ],
+        [None, RELORA],
+        [FACTORS, SEQ],
+        [FACTORS],
+    ],
 )
 def test_where_nothing_is_lost_there_is_nothing_to_tell(methods):
     assert notes(*methods) == []
