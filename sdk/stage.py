@@ -117,7 +117,6 @@ def train_stage(
     state = loaded.state if loaded else checkpoint.TrainState(decisions=decisions)
     _same_processes(state, decisions, say)
     state.decisions = memory_decisions(settings) | state.decisions
-    check_memory_settings(state.decisions)
     _same_machine(state, say)
     torch.manual_seed(recipe.seed)
     check_weights(model, state.decisions["weights"], methods=[config.type for config in stage.methods])
@@ -129,6 +128,7 @@ def train_stage(
     model.to(state.decisions["device"])
     check_head(model, f"start of stage {stage.name}")
     methods: list[Method] = [config.build() for config in stage.methods]
+    check_memory_settings(state.decisions, methods)
     for method in methods:
         method.check_run(steps)
     _prepare(methods, model, origin, say)

@@ -14,7 +14,7 @@ from edgewright.paths import RecipePath
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from edgewright.chunked import Head
@@ -194,6 +194,32 @@ def load_model(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedM
         )
     opened: PreTrainedModel = model
     return opened
+
+
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's repeated blocks, by the mark that transformers puts on them for activation checkpointing."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Keep for the backward pass only what goes into each block, which is then computed again (arXiv 1604.06174).
+
+    Raises:
+        RecipeError: EW-750, the architecture does not know its blocks.
+    """
+    if not decoder_blocks(model):
+        raise RecipeError(
+            "EW-750",
+            "training.gradient_checkpointing cannot be used with this model",
+            expected="an architecture that marks its blocks",
+            found=model.config.model_type,
+            fix="gradient_checkpointing: false",
+        )
+    renamed = "activation_checkpointing_enable"  # by transformers 5.x, which warns of the old name
+    enable = getattr(model, renamed if hasattr(model, renamed) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
 
 
 SCALES_LOGITS = frozenset({"cohere", "cohere2"})

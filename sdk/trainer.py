@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,13 @@ from edgewright import checkpoint
 from edgewright.allocator import keep_freed_memory
 from edgewright.errors import Diverged
 from edgewright.method import Method, StepContext
+from edgewright.micro_batch import give_back, halved, no_memory_left, shortage
 from edgewright.objective import ModelInputs, Objective
-from edgewright.optim.state import named_state, reset_state, restore_state
+from edgewright.optim.state import named_state
 from edgewright.schedule import rewarm_factor
-from edgewright.student import hidden_states, output_head
+from edgewright.student import decoder_blocks, hidden_states, output_head, recompute_blocks
 from edgewright.training import StopRequest, TrainingConfig
+from edgewright.update import ReleasedUpdate, Update, WholeUpdate
 from edgewright.weights import load_parts
 from edgewright.world import ALONE, Replica, World
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from edgewright.metrics import Metrics
     from edgewright.schedule import ScheduleConfig
 
+T = TypeVar("T")
 MAX_ROLLBACKS = 3
 
 
@@ -101,21 +104,24 @@ class Trainer:
         self.device = torch.device(state.decisions["device"])
         self.dtype = getattr(torch, state.decisions["precision"])
         job.objective.prepare(job.model, self.device)
+        self.update = build_update(job, state.decisions)
+        if state.decisions["gradient_checkpointing"]:
+            recompute_blocks(job.model)
         if state.decisions["compile"]:
-            job.model.base_model.compile(dynamic=False)
+            compile_model(job.model, by_block=state.decisions["gradient_release"])
         self._last_save = time.monotonic()
         self._clean = True
 
     @property
     def global_batch(self) -> int:
         """Sequences per optimizer step."""
-        return self.job.settings.per_device_train_batch_size * self.job.settings.gradient_accumulation_steps
+        return self.job.settings.global_batch
 
     def restore(self, loaded: checkpoint.Loaded, weights: dict[str, Tensor]) -> None:
         """Put a checkpoint's optimizer, methods and random state back; `weights` are the model's tensors."""
         checkpoint.put_weights(self.job.model, weights, self.job.replica.place)
         load_parts(self.job.model, loaded.parts)
-        restore_state(self.job.optimizer, self.job.model, loaded.optimizer, self.job.replica.place)
+        self.update.restore(loaded.optimizer, self.job.replica)
         for method in self.job.methods:
             method.load_state_dict(loaded.methods[method.type])
         set_random_state(loaded.rng)
@@ -127,7 +133,7 @@ class Trainer:
         Raises:
             Interrupted: a signal came; a full checkpoint was written.
             Diverged: EW-701, non-finite values after `MAX_ROLLBACKS` roll-backs.
-            OutOfResources: EW-401, the disk is full; the last good checkpoint stays.
+            OutOfResources: EW-401, the disk is full; EW-751, memory ran out; the last good checkpoint stays.
         """
         if self.state.step == 0:
             self._measure_teacher()
@@ -141,50 +147,25 @@ class Trainer:
         return self.state
 
     def _one_step(self) -> None:
-        state, size = self.state, self.job.settings.per_device_train_batch_size
+        state = self.state
         while state.position in state.skipped:
             state.position += self.global_batch
-        started, rng = time.perf_counter(), random_state(self.device)
-        context = self._context(state.step)
+        started, context = time.perf_counter(), self._context(state.step)
         for method in self.job.methods:
             method.before_step(context)
-        first, end, processes = (
-            state.position + self.world.rank * size,
-            state.position + self.global_batch,
-            self.world.size,
-        )
-        micro = [self.job.batches.batch(p, size) for p in range(first, end, size * processes)]
-        counted = int(self.world.sum(torch.tensor(sum(batch.valid_tokens for batch in micro))))
-        total = torch.zeros(len(self.job.objective.parts), device=self.device)
-        with self.world.own_randomness():
-            for batch in micro:
-                with self.job.replica.accumulating(last=batch is micro[-1]):
-                    loss, parts = self.job.replica(model_inputs(batch, self.device), 1.0 / max(1, counted))
-                    loss = self._with_penalties(loss, len(micro) * processes)
-                    (loss * processes).backward()  # the processes' gradients are averaged
-                total += parts.detach()
-                if processes == 1 and self.stop.requested and batch is not micro[-1]:
-                    self.job.optimizer.zero_grad(set_to_none=True)
-                    set_random_state(rng)
-                    self._interrupt()
-        total = self.world.sum(total)
+        rate = self.job.learning_rate * self.learning_rate_factor()
+        self.update.begin(rate)
+        counted, total = self._fitting(self._gradients)
         for method in self.job.methods:
-            method.after_backward(context)
-        parameters = [p for p in self.job.model.parameters() if p.grad is not None]
-        limit = self.job.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit, foreach=True)
-        loss_value, norm_value = float(total.sum()), float(self.job.replica.whole(norm))
+            method.after_backward(self._context(state.step + 1))
+        loss_value, norm_value = float(total.sum()), self.update.norm(self.job.replica)
         (bad,) = self.world.any(not (math.isfinite(loss_value) and math.isfinite(norm_value)))
         if bad:
             self._roll_back(loss_value, norm_value)
             return
-        rate = self.job.learning_rate * self.learning_rate_factor()
-        for group in self.job.optimizer.param_groups:
-            group["lr"] = rate
-        self.job.optimizer.step()
+        self.update.apply()
         for method in self.job.methods:
             method.after_step(self._context(state.step + 1))
-        self.job.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         state.step += 1
         state.tokens += counted
@@ -195,6 +176,65 @@ class Trainer:
         self.metrics.step(
             state, loss=loss_value, parts=parts_by_name, lr=rate, grad_norm=norm_value, tokens=counted, seconds=seconds
         )
+
+    def _gradients(self, size: int) -> tuple[int, Tensor]:
+        """The gradients of the next global batch, in micro-batches of `size`.
+
+        Returns:
+            (counted tokens, parts of the loss [P]), both of all processes.
+        """
+        rng, processes = random_state(self.device), self.world.size
+        first, end = self.state.position + self.world.rank * size, self.state.position + self.global_batch
+        micro = [self.job.batches.batch(p, min(size, end - p)) for p in range(first, end, size * processes)]
+        counted = int(self.world.sum(torch.tensor(sum(batch.valid_tokens for batch in micro))))
+        total = torch.zeros(len(self.job.objective.parts), device=self.device)
+        with self.world.own_randomness():
+            for batch in micro:
+                with self.job.replica.accumulating(last=batch is micro[-1]):
+                    loss, parts = self.job.replica(model_inputs(batch, self.device), 1.0 / max(1, counted))
+                    loss = self._with_penalties(loss, len(micro) * processes)
+                    self.update.backward(loss * processes)  # the processes' gradients are averaged
+                total += parts.detach()
+                if processes == 1 and self.stop.requested and batch is not micro[-1]:
+                    self.update.abandon()
+                    set_random_state(rng)
+                    self._interrupt()
+        return counted, self.world.sum(total)
+
+    def _fitting(self, work: Callable[[int], T]) -> T:
+        """Do something with the run's micro-batch; where memory runs out, again with half of it, from the same state.
+
+        Raises:
+            OutOfResources: EW-751, even one sequence is too much, or another size is not allowed.
+        """
+        rng, decisions = random_state(self.device), self.state.decisions
+        while True:
+            try:
+                return work(decisions["micro_batch"])
+            except (MemoryError, RuntimeError) as error:
+                what = shortage(error)
+                if what is None:
+                    raise
+            # only here, where the error's traceback and with it all activations are gone
+            self.update.abandon()
+            give_back(compiled=decisions["compile"])
+            set_random_state(rng)
+            size = decisions["micro_batch"]
+            smaller, refusal = halved(size), self._why_not_smaller()
+            if smaller == size or refusal is not None:
+                raise no_memory_left(what, decisions, refusal if smaller < size else None)
+            decisions["micro_batch"] = smaller
+            self.metrics.event("out_of_memory", step=self.state.step, micro_batch=size, now=smaller, what=what)
+            self._clean = False
+            self.save()  # or a run that is killed now would try the larger one again
+
+    def _why_not_smaller(self) -> str | None:
+        """What to do so that the micro-batch could be made smaller; None where it can be."""
+        if self.world.size > 1:
+            return "a smaller per_device_train_batch_size with more gradient_accumulation_steps"
+        if self.state.decisions["gradient_release"]:
+            return "a smaller per_device_train_batch_size, since gradient_release takes one micro-batch to a step"
+        return None if self.job.settings.auto_find_batch_size else "training.auto_find_batch_size: true"
 
     def _after_step(self) -> None:
         settings, step = self.job.settings, self.state.step
@@ -218,7 +258,7 @@ class Trainer:
 
     def evaluate(self) -> float | None:
         """Mean cross-entropy on the first held-out sequences; logged as nats per token and bits per byte."""
-        loss = self._held_out_loss(self.job.replica.module)
+        loss = self._fitting(lambda size: self._held_out_loss(self.job.replica.module, size))
         self.job.model.train()
         if loss is not None:
             self.metrics.evaluation(self.state, loss=loss, bits_per_byte=self._bits_per_byte(loss))
@@ -229,7 +269,8 @@ class Trainer:
         teacher = self.job.objective.teacher()
         loss = None
         if teacher is not None:
-            loss = self._held_out_loss(TrainingModule(teacher, self.job.objective, self.dtype))
+            module = TrainingModule(teacher, self.job.objective, self.dtype)
+            loss = self._fitting(lambda size: self._held_out_loss(module, size))
         if loss is not None:
             self.metrics.event("teacher", teacher_loss=loss, teacher_bits_per_byte=self._bits_per_byte(loss))
 
@@ -237,14 +278,14 @@ class Trainer:
         return loss / math.log(2) / self.job.bytes_per_token
 
     @torch.no_grad()
-    def _held_out_loss(self, module: TrainingModule) -> float | None:
+    def _held_out_loss(self, module: TrainingModule, size: int) -> float | None:
         """Nats per token on the first held-out sequences, shared out among the processes; None without any."""
         from edgewright.objective import NextToken
 
         if self.job.held_out is None:
             return None
         module.model.eval()
-        objective, size = NextToken(), self.job.settings.per_device_train_batch_size
+        objective = NextToken()
         sequences = min(self.job.settings.eval_sequences, len(self.job.held_out))
         starts = range(0, sequences, size)
         sums = torch.zeros(2, dtype=torch.float64)
@@ -306,7 +347,7 @@ class Trainer:
             )
         good = checkpoint.newest(self.job.directory / "checkpoints", self.metrics.say)
         assert good is not None, "a checkpoint is written before the first step"
-        self.job.optimizer.zero_grad(set_to_none=True)
+        self.update.abandon()
         self.restore(checkpoint.load(good), checkpoint.read_weights(good / "model"))
         self.state.rollbacks, self.state.skipped = rollbacks, skipped
         self.metrics.rewind(self.state.step)
@@ -319,14 +360,11 @@ class Trainer:
         def rewarm(steps: int) -> None:
             self.state.rewarm = (next_step, steps)
 
-        def reset(parameter: nn.Parameter, mask: Tensor | None) -> None:
-            reset_state(self.job.optimizer, parameter, mask)
-
         return StepContext(
             step=self.state.step,
             total_steps=self.job.total_steps,
-            reset_state=reset,
-            reset_all_state=self.job.optimizer.state.clear,
+            reset_state=self.update.reset,
+            reset_all_state=self.update.reset_all,
             rewarm=rewarm,
         )
 
@@ -336,6 +374,21 @@ class Trainer:
             if penalty is not None:
                 loss = loss + penalty / micro_batches
         return loss
+
+
+def build_update(job: Job, decisions: dict[str, Any]) -> Update:
+    """How a job's gradients become steps."""
+    if decisions["gradient_release"]:
+        return ReleasedUpdate(job.optimizer, job.model, offload=decisions["offload_optimizer"])
+    return WholeUpdate(
+        job.optimizer, job.model, offload=decisions["offload_optimizer"], max_grad_norm=job.settings.max_grad_norm
+    )
+
+
+def compile_model(model: PreTrainedModel, *, by_block: bool) -> None:
+    """Compile the forward as one graph, or block by block: a graph's backward gives all of its gradients at once."""
+    for part in decoder_blocks(model) if by_block else [model.base_model]:
+        part.compile(dynamic=False)
 
 
 def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
