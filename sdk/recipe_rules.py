@@ -159,21 +159,23 @@ def _target(export: dict[str, Any], path: TreePath) -> Iterator[Problem]:
 
 
 def _methods(stage: dict[str, Any], path: TreePath) -> Iterator[Problem]:
-    """A method may be in the list once: both would change the same weights."""
-    seen: set[str] = set()
+    """Twice the same method only where each leaves layers to the other: EW-711 tells later of those that both want."""
+    everything: dict[str, bool] = {}
     methods = stage.get("methods")
     for index, method in enumerate(methods if isinstance(methods, list) else []):
         kind = method.get("type") if isinstance(method, dict) else None
-        if isinstance(kind, str) and kind in seen:
-            what = f"{dotted(path)} uses the method {kind} twice"
-            fix = "remove one of the two"
+        if not isinstance(kind, str):
+            continue
+        takes_all = not (method.get("layers") or method.get("exclude"))
+        if kind in everything and (takes_all or everything[kind]):
+            what = f"{dotted(path)} uses the method {kind} twice, and one of the two takes every layer"
+            fix = "remove one of the two, or give both `layers` or `exclude`"
             yield Problem(
                 code="EW-125",
                 what=what,
                 path=(*path, "methods", index),
-                expected="every method once",
+                expected="every method once, or each with layers of its own",
                 found=kind,
                 fix=fix,
             )
-        elif isinstance(kind, str):
-            seen.add(kind)
+        everything[kind] = takes_all or everything.get(kind, False)

@@ -284,12 +284,13 @@ def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say
     return config.build(teacher)
 
 
-def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str], None]) -> None:
-    """Let every method change the model; one that changes nothing is an error."""
+def _prepare(methods: list[Method], model: PreTrainedModel, origin: Origin | None, say: Callable[[str], None]) -> None:
+    """Let every method change the model and go on from what it trained before; one that changes nothing is an error."""
     from edgewright.preview import changed_nothing
     from edgewright.report_text import figures
 
-    for method in methods:
+    trained = checkpoint.read_weights(origin.directory) if origin and methods else None
+    for key, method in by_key(methods).items():
         method.prepare(model)
         if origin and trained:
             method.go_on(origin.methods, trained)
@@ -297,7 +298,7 @@ def _prepare(methods: list[Method], model: PreTrainedModel, say: Callable[[str],
         if report.changed == 0:
             raise changed_nothing(method.type)
         alone = ", ".join(report.skipped) or "none"
-        say(f"{method.type}: {report.changed} layers ({figures(report.numbers)}); left alone: {alone}")
+        say(f"{key}: {report.changed} layers ({figures(report.numbers)}); left alone: {alone}")
 
 
 def _write_model(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edgewright import checkpoint
 from edgewright.allocator import keep_freed_memory
 from edgewright.errors import Diverged
-from edgewright.method import Method, StepContext
+from edgewright.method import Method, StepContext, by_key
 from edgewright.micro_batch import give_back, halved, no_memory_left, shortage
 from edgewright.objective import ModelInputs, Objective
 from edgewright.optim.state import named_state
@@ -122,8 +122,8 @@ class Trainer:
         checkpoint.put_weights(self.job.model, weights, self.job.replica.place)
         load_parts(self.job.model, loaded.parts)
         self.update.restore(loaded.optimizer, self.job.replica)
-        for method in self.job.methods:
-            method.load_state_dict(loaded.methods[method.type])
+        for key, method in by_key(self.job.methods).items():
+            method.load_state_dict(loaded.methods[key])
         set_random_state(loaded.rng)
         self.state = loaded.state
 
@@ -316,7 +316,7 @@ class Trainer:
             directory,
             model=model,
             optimizer=optimizer,
-            methods={method.type: method.state_dict() for method in self.job.methods},
+            methods={key: method.state_dict() for key, method in by_key(self.job.methods).items()},
             state=self.state,
             rng=random_state(self.device),
             extra_files=self.job.extra_files,

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import CASES
+from methods import CASES, Case
 from safetensors.torch import load_file
 
 import edgewright
+from edgewright.compress.granet import GranetConfig
 from edgewright.data import Batches
 from edgewright.recipe import load_recipe
 from edgewright.training import Interrupted
@@ -37,13 +38,13 @@ def one_of_each():
         yield pytest.param(case, id=case.name, marks=marks)
 
 
-def recipe_of(case, folder):
+def recipe_of(case, folder, *more):
     """12 steps of two micro-batches each, in bf16."""
     path = write_recipe(folder)
     overrides = [
         "data.sequence_length=32",
         "stages.base.training.precision=bf16",
-        f"stages.base.methods=[{json.dumps(case.config.model_dump(mode='json'))}]",
+        f"stages.base.methods={json.dumps([each.model_dump(mode='json') for each in (case.config, *more)])}",
         *(f"stages.base.student.{key}={value}" for key, value in SIZES.items()),
     ]
     load_recipe(path, overrides).dump_yaml(folder / "method.yaml")
@@ -61,6 +62,24 @@ def stop_in_step(monkeypatch, step):
         return original(self, position, size)
 
     monkeypatch.setattr(Batches, "batch", batch)
+
+
+def test_two_methods_of_a_type_keep_their_states_and_results_apart(tmp_path, monkeypatch):
+    case = Case(name="two", config=GranetConfig(density=0.5, update_every=2, layers=("up_proj",)))
+    second = GranetConfig(density=0.25, update_every=3, layers=("gate_proj",))
+    recipe = recipe_of(case, tmp_path, second)
+    edgewright.run(recipe, f"output_dir={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 6)
+        with pytest.raises(Interrupted):
+            edgewright.run(recipe, f"output_dir={tmp_path / 'stopped'}")
+    edgewright.run(recipe, f"output_dir={tmp_path / 'stopped'}")
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    results = json.loads((tmp_path / "stopped/results.json").read_text())["stages"][0]["methods"]
+    assert {key: numbers["density"] for key, numbers in results.items()} == {
+        "granet": pytest.approx(0.5, abs=0.01),
+        "granet-2": pytest.approx(0.25, abs=0.01),
+    }
 
 
 @pytest.mark.parametrize("case", list(one_of_each()))

@@ -290,6 +290,12 @@ def test_each_error_has_its_place_and_a_fix(write, before: str, after: str, code
         ("quant: tq2_0", "quant: tq2-0", "EW-124", "did you mean tq2_0?"),
         ("embedding_quant: q8_0", "embedding_quant: tq2_0", "EW-124", "f32 | f16"),
         ("[{type: ternary, granularity: group}]", "[{type: ternary}, {type: ternary}]", "EW-125", "twice"),
+        (
+            "[{type: ternary, granularity: group}]",
+            "[{type: ternary, layers: [q_proj]}, {type: ternary}]",
+            "EW-125",
+            "takes every layer",
+        ),
         ("{type: ternary, granularity: group}", "{granularity: group}", "EW-111", "| ternary"),
         ("{type: ternary, granularity: group}", "{type: ternery}", "EW-114", "did you mean ternary?"),
     ],
