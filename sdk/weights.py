@@ -45,11 +45,9 @@ def hold_weights_as(model: nn.Module, weights: WeightsType) -> str | None:
     if not made:
         return None
     total = sum(parameter.numel() for parameter in model.parameters())
-    shares = [
-        f"{sum(p.numel() for p in made.values() if isinstance(p, kind)) / total:.1%} {name}"
-        for kind, name in _names().items()
-    ]
-    return f"weights: {', '.join(shares)}, the rest fp32; {stored_bytes(model) / total:.2f} bytes a parameter"
+    counts = {name: sum(p.numel() for p in made.values() if type(p) is kind) for name, kind in _kinds().items()}
+    shares = ", ".join(f"{count / total:.1%} {name}" for name, count in counts.items() if count)
+    return f"weights: {shares}, the rest fp32; {stored_bytes(model) / total:.2f} bytes a parameter"
 
 
 def check_weights(model: nn.Module, weights: WeightsType, *, methods: Sequence[str]) -> None:
@@ -145,10 +143,6 @@ def _kinds() -> dict[str, type[NarrowWeight]]:
     from edgewright.optim.int8_weight import Int8Weight
 
     return {"bf16": Bf16Weight, "int8": Int8Weight}
-
-
-def _names() -> dict[type[NarrowWeight], str]:
-    return {kind: name for name, kind in _kinds().items()}
 
 
 def _matrices(model: nn.Module, weights: WeightsType) -> list[tuple[str, Any, type[NarrowWeight]]]:
