@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edgewright.compress.layers import CompressedLinear, skipped
 from edgewright.errors import RecipeError
+from edgewright.memory_rules import check_release
 from edgewright.student import PresetStudentConfig, StageStudentConfig, preset_config
 from edgewright.weights import check_weights
 
@@ -118,13 +119,16 @@ def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Previ
     """Share the layers of a model out to the methods of a stage as training will; `model` is used up.
 
     Raises:
-        RecipeError: what `Method.check_run`, `Method.chosen` and `check_weights` raise; EW-704, a method gets no layer.
+        RecipeError: what `Method.check_run`, `Method.chosen`, `check_weights` and `check_release` raise; EW-704, a
+            method gets no layer.
     """
     steps = stage.budget.steps(stage.training.tokens_per_step(recipe.data.sequence_length))
     check_weights(model, stage.training.weights, methods=[config.type for config in stage.methods])
     taken: list[tuple[MethodConfig, dict[str, nn.Linear]]] = []
     for config in stage.methods:
         method = config.build()
+        if stage.training.gradient_release:
+            check_release([method])
         method.check_run(steps)
         layers = method.chosen(model)
         if not layers:

@@ -16,7 +16,7 @@ from edgewright import checkpoint
 from edgewright.continuation import goes_on_from_latents, start_notes, without_load_report
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
-from edgewright.memory_rules import check_memory_settings
+from edgewright.memory_rules import check_offload, check_release
 from edgewright.method import by_key
 from edgewright.metrics import Metrics
 from edgewright.student import (
@@ -118,6 +118,8 @@ def train_stage(
     _same_processes(state, decisions, say)
     state.decisions = memory_decisions(settings) | state.decisions
     _same_machine(state, say)
+    if state.decisions["offload_optimizer"]:
+        check_offload(state.decisions["device"])
     torch.manual_seed(recipe.seed)
     check_weights(model, state.decisions["weights"], methods=[config.type for config in stage.methods])
     stored = hold_weights_as(model, state.decisions["weights"])  # before the device sees them, which may be too small
@@ -128,7 +130,8 @@ def train_stage(
     model.to(state.decisions["device"])
     check_head(model, f"start of stage {stage.name}")
     methods: list[Method] = [config.build() for config in stage.methods]
-    check_memory_settings(state.decisions, methods)
+    if state.decisions["gradient_release"]:
+        check_release(methods)
     for method in methods:
         method.check_run(steps)
     _prepare(methods, model, origin, say)
