@@ -28,6 +28,15 @@ from edgewright.data import DataConfig
 from edgewright.errors import RecipeError, RecipeErrors
 from edgewright.objective import NextTokenConfig
 from edgewright.optim.adamw import AdamWConfig
+from edgewright.optim.adamw_8bit import AdamW8bitConfig
+from edgewright.optim.muon import MuonConfig
+from edgewright.optim.projected_config import (
+    ApolloConfig,
+    ApolloMiniConfig,
+    FiraConfig,
+    GaLoreConfig,
+    GradNormLoRPConfig,
+)
 from edgewright.overrides import apply_overrides
 from edgewright.recipe_errors import NAME_PATTERN, problems, untagged
 from edgewright.recipe_rules import check_factors, check_rules
@@ -44,8 +53,17 @@ MethodConfig = Annotated[
     GranetConfig | IntegerConfig | LostConfig | LowRankConfig | SLTrainConfig | SparseConfig | TernaryConfig,
     Field(discriminator="type"),
 ]
-# This becomes a union like the others as soon as there is a second one.
-OptimizerConfig = AdamWConfig
+OptimizerConfig = Annotated[
+    AdamWConfig
+    | AdamW8bitConfig
+    | ApolloConfig
+    | ApolloMiniConfig
+    | FiraConfig
+    | GaLoreConfig
+    | GradNormLoRPConfig
+    | MuonConfig,
+    Field(discriminator="type"),
+]
 
 
 _NULL = "tag:yaml.org,2002:null"

@@ -1,0 +1,387 @@
+"""What APOLLO, GaLore, Fira and GradNormLoRP share: Adam's moments of a gradient that was projected to a low rank.
+
+    R = project(G)                                                      [m, r] or [r, n], see `projection.py`
+    M = b1 M + (1 - b1) R,  V = b2 V + (1 - b2) R R                     moments survive a new projection unchanged
+    D = M / (sqrt(V) + eps)
+    W -= lr * sqrt(1 - b2^t) / (1 - b1^t) * U                           U is what an optimizer makes of G, R and D
+    W -= lr * weight_decay * W                                          decoupled, and after the step
+
+A group whose `rank` is None gets plain AdamW by the same formulas with R = G. So eps is added to the root of a second
+moment that is not corrected for its bias, as in the public packages (torch's AdamW corrects it before).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgewright.errors import RecipeError
+from edgewright.optim.projection import (
+    Group,
+    Projector,
+    RandomProjector,
+    State,
+    SvdProjector,
+    compresses_right,
+    project,
+    projected_shape,
+    rank_of,
+    tensor_cores,
+)
+from edgewright.optim.state import ResettableOptimizer, is_count, on_device
+from edgewright.optim.storage import moment_storage
+from edgewright.optim.weights import readable, write_back
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""What torch's optimizers take."""
+BATCH = 1 << 24
+"""Values of low-rank gradients that are updated by one kernel: the memory that they and their directions need."""
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
+"""Both moments' keys in the state, and whether they can be negative."""
+LATER = 1e9
+"""A step count after which the fused kernel's bias correction is 1, as it is done outside."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Matrix:
+    """A weight in one step."""
+
+    parameter: Tensor
+    weight: Tensor
+    """Its values, [m, n], changed in place; float32, unless the parameter is float64."""
+    gradient: Tensor
+    """What was projected, [m, n]."""
+    projection: Tensor
+    low: Tensor
+    """R, the projected gradient."""
+    direction: Tensor
+    """D, of R's shape."""
+    state: State
+    group: Group
+    rate: float
+    """Learning rate times bias correction."""
+
+
+class ProjectedOptimizer(ResettableOptimizer):
+    """Base of the optimizers over projected gradients.
+
+    With a flat list of parameters (or a group that says nothing of `rank`) every matrix whose sides are both larger
+    than the rank is projected, and the rest gets AdamW. A group with a `rank` is projected whole, one with `rank: None`
+    gets AdamW. All options may differ between groups.
+
+    Raises:
+        RecipeError: EW-741, the rank of a group is larger than one of its matrices, or something in it is no matrix.
+    """
+
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], *, seed: int = 0, keep_projections: bool = True
+    ) -> None:
+        _check(defaults)
+        self._seed = seed
+        self._first_seeds: dict[Tensor, int] = {}
+        self._projectors: dict[str, Projector] = {
+            "random": RandomProjector(keep=keep_projections, first_seeds=self._first_seeds),
+            "svd": SvdProjector(),
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one that says nothing of `rank` becomes two where only some of its parameters are projected."""
+        for group in _split(param_group, self.defaults["rank"]):
+            super().add_param_group(group)
+            added = self.param_groups[-1]
+            _check_group(added)
+            for parameter in added["params"]:
+                self._first_seeds[parameter] = self._seed + len(self._first_seeds) + 1
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if any(parameter.grad.is_sparse for parameter in parameters):
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
+            if group["rank"] is None:
+                self._adamw(parameters, group)
+            else:
+                for batch in _batches(parameters, group["rank"]):
+                    self._projected(batch, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave, bit for bit: torch would turn the moments into the parameters' type."""
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(saved, parameters, strict=True):
+            if number in state_dict["state"]:
+                self.state[parameter] = {
+                    key: value.clone() if is_count(value) else on_device(value, parameter)
+                    for key, value in state_dict["state"][number].items()
+                }
+
+    def reset_state(self, parameter: Tensor, mask: Tensor | None) -> None:
+        """Forget the moments of a parameter.
+
+        Args:
+            mask: None: all of the state, the step count too. Else, of the parameter's shape, where to forget: of a
+                projected matrix the channels (rows or columns along its larger side) of which all is masked; what is
+                masked only in part of a channel keeps its moments, which no longer belong to single weights.
+        """
+        group = next(group for group in self.param_groups if any(parameter is each for each in group["params"]))
+        state = self.state.pop(parameter, {})
+        if mask is None:
+            kept = {} if group["rank"] is None else self._projectors[group["proj"]].forget(state)
+            if kept:
+                self.state[parameter] = kept
+            return
+        if not state:
+            return
+        self.state[parameter] = state
+        if group["rank"] is not None:
+            along = 1 if compresses_right(parameter.shape) else 0
+            mask = mask.all(dim=along, keepdim=True)
+        for key, signed in MOMENTS:
+            moment_storage(group["states"], signed=signed).zero(state, key, mask.expand(state[key].shape))
+
+    def state_bytes(self) -> int:
+        """Bytes of the whole state after the first step, from shapes alone."""
+        return sum(
+            self._parameter_bytes(parameter.shape, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad
+        )
+
+    @abstractmethod
+    def _update(self, matrix: Matrix) -> None:
+        """Change `matrix.weight` by -rate * U, in place, and keep what the next step needs in the state."""
+
+    def _gradient(self, parameter: Tensor, group: Group) -> Tensor:
+        """What is projected: G itself, unless an optimizer projects something made of it."""
+        assert parameter.grad is not None
+        return parameter.grad
+
+    def _extra_bytes(self, shape: torch.Size, group: Group) -> int:
+        """Bytes of the state of a projected matrix beside moments, step and projection."""
+        return 0
+
+    def _parameter_bytes(self, shape: torch.Size, group: Group) -> int:
+        rank = group["rank"]
+        moments = math.prod(shape if rank is None else projected_shape(shape, rank))
+        size = sum(moment_storage(group["states"], signed=signed).nbytes(moments) for _, signed in MOMENTS) + 8
+        if rank is not None:
+            size += self._projectors[group["proj"]].nbytes(shape, group) + self._extra_bytes(shape, group)
+        return size
+
+    def _projected(self, parameters: list[Tensor], group: Group) -> None:
+        gradients = [self._gradient(parameter, group) for parameter in parameters]
+        projector = self._projectors[group["proj"]]
+        projections, lows = [], []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            projection = projector.projection(parameter, gradient, self.state[parameter], group)
+            with tensor_cores(gradient.device):
+                lows.append(_computable(project(gradient, projection)))
+            projections.append(projection)
+        directions = self._directions(parameters, lows, group)
+        for parameter, gradient, projection, low, direction in zip(
+            parameters, gradients, projections, lows, directions, strict=True
+        ):
+            state = self.state[parameter]
+            weight = readable(parameter)
+            rate = group["lr"] * _bias_correction(_tick(state), group)
+            self._update(
+                Matrix(
+                    parameter=parameter,
+                    weight=weight,
+                    gradient=gradient.to(weight.dtype),
+                    projection=projection.to(weight.dtype),
+                    low=low,
+                    direction=direction,
+                    state=state,
+                    group=group,
+                    rate=rate,
+                )
+            )
+            _decay(weight, group)
+            write_back(parameter, weight)
+
+    def _adamw(self, parameters: list[Tensor], group: Group) -> None:
+        fast = group["states"] == "fp32"
+        by_step: dict[int, list[Tensor]] = {}
+        for parameter in parameters:
+            if fast and readable(parameter) is parameter:
+                by_step.setdefault(int(self.state[parameter].get("step", 0)), []).append(parameter)
+            else:
+                self._adamw_of_one(parameter, group)
+        for done, together in by_step.items():
+            rate = group["lr"] * _bias_correction(done + 1, group)
+            gradients = [parameter.grad for parameter in together if parameter.grad is not None]
+            self._fused(together, together, gradients, group, rate)
+            for parameter in together:
+                _tick(self.state[parameter])
+                _decay(parameter, group)
+
+    def _adamw_of_one(self, parameter: Tensor, group: Group) -> None:
+        assert parameter.grad is not None
+        (direction,) = self._directions([parameter], [_computable(parameter.grad)], group)
+        weight = readable(parameter)
+        rate = group["lr"] * _bias_correction(_tick(self.state[parameter]), group)
+        weight.add_(direction, alpha=-rate)
+        _decay(weight, group)
+        write_back(parameter, weight)
+
+    def _directions(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
+        """D for each gradient (projected or not), after its moments were updated."""
+        directions = [torch.zeros_like(gradient) for gradient in gradients]
+        self._fused(parameters, directions, gradients, group, -1.0)
+        return directions
+
+    def _fused(
+        self, parameters: list[Tensor], targets: list[Tensor], gradients: list[Tensor], group: Group, rate: float
+    ) -> None:
+        """Update the moments, and `targets` by -rate * D, in one kernel: torch's fused AdamW, without corrections."""
+        if not targets:
+            return
+        storages = {key: moment_storage(group["states"], signed=signed) for key, signed in MOMENTS}
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if "step" not in state:
+                for key, storage in storages.items():
+                    storage.write(state, key, torch.zeros_like(gradient))
+        moments = {key: [storage.read(state, key) for state in states] for key, storage in storages.items()}
+        later = torch.tensor(LATER, device=targets[0].device)
+        torch._fused_adamw_(
+            targets,
+            gradients,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            [],
+            [later] * len(targets),
+            lr=rate,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=0.0,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+        for key, storage in storages.items():
+            for state, moment in zip(states, moments[key], strict=True):
+                storage.write(state, key, moment)
+
+
+def channel_norms(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Of each channel of a matrix, of the weight's shape or projected: [m, 1], or [1, n]."""
+    return torch.linalg.vector_norm(matrix, dim=1 if compresses_right(shape) else 0, keepdim=True)
+
+
+def limit_growth(norm: Tensor, state: State, limit: float) -> Tensor:
+    """The factor, at most 1, that keeps the norm of an update from growing by more than `limit` from step to step.
+
+    Fira's norm-growth limiter (arXiv 2410.01623). The state keeps the norm that is left. An update of norm 0 leaves
+    none: the public code would let the next ones grow from nothing, by a hundredth a step.
+    """
+    previous = state.get("norm")
+    if previous is None:
+        previous = torch.full_like(norm, math.inf)
+    factor = limit / torch.clamp(norm / (previous + 1e-8), min=limit)
+    left = norm * factor
+    state["norm"] = torch.where(left > 0, left, math.inf)
+    return factor
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _tick(state: State) -> int:
+    """Count a step: the number of this one, from 1."""
+    step = int(state.get("step", 0)) + 1
+    state["step"] = torch.tensor(step)
+    return step
+
+
+def _bias_correction(step: int, group: Group) -> float:
+    beta1, beta2 = group["betas"]
+    return math.sqrt(1 - beta2**step) / (1 - beta1**step)
+
+
+def _decay(weight: Tensor, group: Group) -> None:
+    if group["weight_decay"]:
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def _batches(parameters: list[Tensor], rank: int | float) -> Iterator[list[Tensor]]:
+    """Runs of parameters whose low-rank gradients have `BATCH` values together, or one that alone has more."""
+    batch: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        values = math.prod(projected_shape(parameter.shape, rank))
+        if batch and size + values > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(parameter)
+        size += values
+    if batch:
+        yield batch
+
+
+def _split(param_group: dict[str, Any], rank: int | float | None) -> list[dict[str, Any]]:
+    """A group as it is, or, where it leaves the rank open, its matrices and the rest of it."""
+    if "rank" in param_group or rank is None:
+        return [param_group]
+    params = param_group["params"]
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    matrices = [entry for entry in entries if _can_be_projected(entry, rank)]
+    rest = [entry for entry in entries if not _can_be_projected(entry, rank)]
+    parts = [{"rank": rank, "params": matrices}, {"rank": None, "params": rest}]
+    return [param_group | part for part in parts if part["params"]]
+
+
+def _can_be_projected(entry: Tensor | tuple[str, Tensor], rank: int | float) -> bool:
+    tensor = entry[1] if isinstance(entry, tuple) else entry
+    return tensor.ndim == 2 and min(tensor.shape) > rank_of(rank, tensor.shape)
+
+
+def _check(defaults: dict[str, Any]) -> None:
+    """Refuse values that no formula takes, as torch's own optimizers do."""
+    in_range = {
+        "lr": defaults["lr"] >= 0,
+        "betas": all(0 <= beta < 1 for beta in defaults["betas"]),
+        "eps": defaults["eps"] >= 0,
+        "weight_decay": defaults["weight_decay"] >= 0,
+        "update_proj_gap": defaults["update_proj_gap"] >= 1,
+    }
+    for name, good in in_range.items():
+        if not good:
+            raise ValueError(f"{name} is out of range: {defaults[name]}")
+
+
+def _check_group(group: Group) -> None:
+    rank = group["rank"]
+    if rank is None:
+        return
+    if rank <= 0 or (isinstance(rank, float) and rank > 1):
+        raise ValueError(f"rank must be a positive whole number, or a fraction of at most 1: {rank}")
+    names = group.get("param_names", [f"parameter {number}" for number in range(len(group["params"]))])
+    for name, parameter in zip(names, group["params"], strict=True):
+        if parameter.ndim != 2 or rank_of(rank, parameter.shape) > min(parameter.shape):
+            raise RecipeError(
+                "EW-741",
+                "a rank for something that cannot be projected to it",
+                where=name,
+                expected=f"a matrix with both sides of at least {rank}",
+                found=f"a tensor of shape {list(parameter.shape)}",
+                fix="lower the rank, give it as a fraction (0.25), or leave this one to AdamW: rank None for its group",
+            )
