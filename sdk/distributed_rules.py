@@ -33,6 +33,8 @@ def _problems(stage: StageConfig, processes: int) -> Iterator[RecipeError]:
         yield _uneven(settings, processes, where)
     if settings.gradient_release:
         yield _alone(where, "gradient_release", "steps a parameter before its gradients are summed over the processes")
+    if settings.weights != "fp32":
+        yield _alone(where, "weights", f"as {settings.weights} are stored in parts that no process group can exchange")
     if settings.sharding == "none":
         return
     if settings.compile == "on":

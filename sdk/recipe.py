@@ -37,6 +37,7 @@ from edgewright.optim.projected_config import (
     GaLoreConfig,
     GradNormLoRPConfig,
 )
+from edgewright.optim.q_galore_config import QGaLoreConfig
 from edgewright.overrides import apply_overrides
 from edgewright.recipe_errors import NAME_PATTERN, problems, untagged
 from edgewright.recipe_rules import check_factors, check_rules
@@ -61,7 +62,8 @@ OptimizerConfig = Annotated[
     | FiraConfig
     | GaLoreConfig
     | GradNormLoRPConfig
-    | MuonConfig,
+    | MuonConfig
+    | QGaLoreConfig,
     Field(discriminator="type"),
 ]
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from edgewright.optim.fira import Fira as Fira
     from edgewright.optim.galore import GaLore as GaLore
     from edgewright.optim.gradnorm_lorp import GradNormLoRP as GradNormLoRP
+    from edgewright.optim.q_galore import QGaLore as QGaLore
 
 _HOMES = {
     "Apollo": "apollo",
@@ -18,8 +19,9 @@ _HOMES = {
     "Fira": "fira",
     "GaLore": "galore",
     "GradNormLoRP": "gradnorm_lorp",
+    "QGaLore": "q_galore",
 }
-__all__ = ["Apollo", "ApolloMini", "Fira", "GaLore", "GradNormLoRP"]
+__all__ = ["Apollo", "ApolloMini", "Fira", "GaLore", "GradNormLoRP", "QGaLore"]
 
 
 def __getattr__(name: str) -> object:

@@ -63,17 +63,18 @@ class Int8Weight(NarrowWeight):
         self.zero.copy_(zero)
 
 
-def quantize(groups: Tensor, *, stochastic: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(groups: Tensor, *, stochastic: bool, largest: int = LARGEST_CODE) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [G, size] uint8, scale [G] float32 and zero point [G] uint8 of groups [G, size] in float32.
 
     Args:
         groups: their memory is used up.
         stochastic: round up with the probability of the fraction, else to nearest.
+        largest: code and zero point are in 0..largest.
     """
     low, high = groups.amin(1).clamp_max_(0), groups.amax(1).clamp_min_(0)
-    zero = torch.round(-low / (high - low).clamp_min_(torch.finfo(torch.float32).tiny) * LARGEST_CODE)
-    zero = zero.maximum((low < 0).float()).minimum(LARGEST_CODE - (high > 0).float())
-    scale = torch.maximum(-low / zero.clamp_min(1), high / (LARGEST_CODE - zero).clamp_min(1)).clamp_min_(SCALE_FLOOR)
+    zero = torch.round(-low / (high - low).clamp_min_(torch.finfo(torch.float32).tiny) * largest)
+    zero = zero.maximum((low < 0).float()).minimum(largest - (high > 0).float())
+    scale = torch.maximum(-low / zero.clamp_min(1), high / (largest - zero).clamp_min(1)).clamp_min_(SCALE_FLOOR)
     dither = torch.rand_like(groups) if stochastic else 0.5
-    codes = groups.div_(scale[:, None]).add_(dither).floor_().add_(zero[:, None]).clamp_(0, LARGEST_CODE)
+    codes = groups.div_(scale[:, None]).add_(dither).floor_().add_(zero[:, None]).clamp_(0, largest)
     return codes.to(torch.uint8), scale, zero.to(torch.uint8)
