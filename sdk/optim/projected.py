@@ -319,7 +319,7 @@ def _bias_correction(step: int, group: Group) -> float:
 
 def _decay(weight: Tensor, group: Group) -> None:
     if group["weight_decay"]:
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(weight, alpha=-group["lr"] * group["weight_decay"])  # 1 - lr * decay would be rounded, each step
 
 
 def _batches(parameters: list[Tensor], rank: int | float) -> Iterator[list[Tensor]]:
