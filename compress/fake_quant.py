@@ -93,6 +93,11 @@ class FakeQuantLinear(CompressedLinear):
         self._remember(codes, scales)
         self._seen = self._state()
 
+    def settle(self) -> None:
+        """Become what is exported: the lattice, and nothing besides."""
+        self.strength = 1.0
+        self.refresh()
+
     def _remember(self, codes: Tensor, scales: Tensor) -> None:  # noqa: B027 - a hook for what gradients need
         """Called with every new rounding."""
 
@@ -160,8 +165,7 @@ def finish(
     plain = copy.deepcopy(model)
     lattice: dict[str, LatticeTensor] = {}
     for name, layer in submodules(plain, layers).items():
-        layer.strength = 1.0
-        layer.refresh()
+        layer.settle()
         bias = layer.effective_bias()
         plain.set_submodule(name, plain_linear(layer.rounded, None if bias is None else bias.detach()))
         lattice[f"{name}.weight"] = layer.lattice()

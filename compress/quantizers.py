@@ -10,6 +10,7 @@ training forward (but for seq_2bit: bf16 rounds 3 s; the lattice beside a checkp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -62,6 +63,8 @@ class Quantizer:
     """None: the steps follow from the weights."""
     dead_bias: bool = False
     """Whether weights of code 0 feed a bias."""
+    residual: bool = False
+    """Whether a share of the weights themselves is added while training, which fades away (Arenas)."""
 
 
 def exact_scale(scale: Tensor) -> Tensor:
@@ -130,6 +133,23 @@ def _signs(blocks: Tensor, steps: Tensor) -> Tensor:
     return _three_of_four(blocks)
 
 
+# ---------------------------------------------------------------- Sherry's residual
+
+RESIDUAL_WARMUP = 0.1
+"""Of all steps: the rise of eps."""
+
+
+def residual_share(step: int, total_steps: int) -> float:
+    """eps of Arenas (Sherry's annealed residual) over its largest value: up in the first tenth, then by a cosine to 0.
+
+    A function of the optimizer steps done, 0 in the last one; the authors' code counts forward calls.
+    """
+    number, warmup = min(step + 1, total_steps), int(RESIDUAL_WARMUP * total_steps)
+    if number <= warmup:
+        return number / warmup
+    return 0.5 * (1 + math.cos(math.pi * (number - warmup) / (total_steps - warmup)))
+
+
 # ---------------------------------------------------------------- the table
 
 QUANTIZERS: dict[str, Quantizer] = {
@@ -151,7 +171,7 @@ QUANTIZERS: dict[str, Quantizer] = {
         learned=LearnedScale(step=1 / 4, start=2.50, largest=3 / 4),
     ),
     "tequila": Quantizer(paper="Tequila, arXiv 2509.23809", step=_mean, codes=_nearest, dead_bias=True),
-    "sherry": Quantizer(paper="Sherry, Tencent AngelSlim", step=_mean_of_three, codes=_signs, columns=4),
+    "sherry": Quantizer(paper="Sherry, arXiv 2601.07892", step=_mean_of_three, codes=_signs, columns=4, residual=True),
 }
 """By the name in `quantizer:`. All have the levels -1, 0, 1 but seq_2bit, whose -3, -1, 1, 3 no ternary format holds.
 
@@ -161,9 +181,9 @@ twn          code = sign(w) where |w| > 0.75 mean|W|, else 0; s = mean |w| of th
 seq_ternary  levels -2/3 a, 0, 2/3 a; `a` is trained
 seq_2bit     levels -3/4 a, -1/4 a, 1/4 a, 3/4 a; `a` is trained
 tequila      absmean, and every output gets a bias of `dead_bias` times the sum of its weights of code 0
-sherry       the smallest of every four neighbours is 0, the other three are -s or s; s is the mean |w| of those
+sherry       the smallest of every four neighbours is 0, the other three are -s or s; s is the mean |w| of those; the
+             forward has eps W besides, and eps fades to 0 (`residual_share`)
 
 SEQ's scale starts where the levels lose least of Gaussian weights (2.30 and 2.50 mean magnitudes), not at the largest
 weight of the row as in the paper, from where it loses twice as much and has a long way to go.
-Sherry's residual connection that fades away is not here: the warm-up of the whole method does the same.
 """

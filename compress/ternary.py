@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from edgewright.compress.choice import LayerChoice, check_divides
-from edgewright.compress.quantizers import QUANTIZERS, Granularity
+from edgewright.compress.quantizers import QUANTIZERS, Granularity, residual_share
 from edgewright.errors import RecipeError
 from edgewright.method import Method, MethodReport, StepContext
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DEAD_BIAS = 1e-3
 """Tequila's lambda."""
+RESIDUAL = 1.0
+"""Sherry's largest eps."""
 GROUP = 256
 """Columns per scale unless told otherwise."""
 
@@ -45,6 +47,9 @@ class TernaryConfig(LayerChoice):
     OpenVINO any of 32."""
     dead_bias: float | None = Field(default=None, gt=0)
     """How strongly weights of code 0 feed a bias, for `quantizer: tequila`; None: 1e-3."""
+    residual: float | None = Field(default=None, ge=0)
+    """eps of `quantizer: sherry` at its largest: so much of the weights themselves is added to the rounded ones, rising
+    over the first tenth of the steps and then fading to nothing (Arenas); None: 1, 0: none."""
     quantize_activations: bool = False
     """Also round activations to int8 per token, as runtimes with integer kernels do."""
     warmup_ratio: float = Field(default=0.0, ge=0, lt=1)
@@ -56,6 +61,8 @@ class TernaryConfig(LayerChoice):
     def _every_setting_has_an_effect(self) -> Self:
         if self.dead_bias is not None and not QUANTIZERS[self.quantizer].dead_bias:
             raise ValueError(f"dead_bias is of quantizer: tequila alone, not of {self.quantizer}")
+        if self.residual is not None and not QUANTIZERS[self.quantizer].residual:
+            raise ValueError(f"residual is of quantizer: sherry alone, not of {self.quantizer}")
         if self.granularity != "group" and self.group != GROUP:  # the resolved recipe spells out the default
             raise ValueError(f"group is of granularity: group alone, not of {self.granularity}")
         if self.head and self.quantize_activations:
@@ -171,14 +178,23 @@ class Ternary(Method):
             )
 
     def before_step(self, ctx: StepContext) -> None:
+        """The strength and the residual of this step; what `after_step` has set already is not rounded again."""
         from edgewright.compress.fake_quant import set_strength
 
+        self._set_residual(ctx.step, ctx.total_steps)
         set_strength(self._layers, ctx, self.config.warmup_ratio)
+
+    def _set_residual(self, step: int, total_steps: int) -> None:
+        if QUANTIZERS[self.config.quantizer].residual:
+            largest = RESIDUAL if self.config.residual is None else self.config.residual
+            for layer in self._layers.values():
+                layer.residual = largest * residual_share(step, total_steps)
 
     def after_step(self, ctx: StepContext) -> None:
         """The weights have changed: round them for whatever comes next."""
         from edgewright.compress.fake_quant import refresh
 
+        self._set_residual(ctx.step + 1, ctx.total_steps)
         refresh(self._layers)
 
     def go_on(self, before: Sequence[LayerChoice], trained: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -51,6 +51,20 @@ class _DeadWeightBias(torch.autograd.Function):
         return dead * (gradient * factor)[:, None], None, None, None
 
 
+class _WithResidual(torch.autograd.Function):
+    """Q(W) + eps W forward; backward: 1 + eps, the identity through the rounding and what W adds by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None, None
+
+
 class TernaryLinear(FakeQuantLinear):
     """A linear layer whose weight is rounded by a rule of `QUANTIZERS`.
 
@@ -74,6 +88,8 @@ class TernaryLinear(FakeQuantLinear):
     """[out], likewise: the bias that they make."""
     dead_factor: Tensor
     """[], likewise: lambda times the strength; a tensor, because compiled code is made anew for every other float."""
+    residual_factor: Tensor
+    """[], with Sherry: 1 + eps, a tensor for the same reason."""
 
     def __init__(
         self,
@@ -91,6 +107,8 @@ class TernaryLinear(FakeQuantLinear):
         self.group = group
         self.quantize_activations = quantize_activations
         self.dead_bias = dead_bias
+        self.residual = 0.0
+        """eps of Sherry's residual, in training; an evaluation sees none, like the finished model."""
         self.scale: nn.Parameter | None = None
         """SEQ's `a`, one for every group, flat (weight decay leaves vectors alone)."""
         with torch.no_grad():
@@ -103,6 +121,8 @@ class TernaryLinear(FakeQuantLinear):
                 self._buffer("dead", torch.empty_like(self.rounded, dtype=torch.bool))
                 self._buffer("dead_sum", self.rounded.new_empty(self.out_features))
                 self._buffer("dead_factor", self.rounded.new_empty(()))
+            if self.rule.residual:
+                self._buffer("residual_factor", self.rounded.new_ones(()))
         self.refresh()
 
     def _buffer(self, name: str, tensor: Tensor) -> None:
@@ -136,6 +156,32 @@ class TernaryLinear(FakeQuantLinear):
             levels=self.rule.levels,
         )
 
+    @property
+    def _added(self) -> float:
+        """The share of W that the forward has besides, which goes with the rounding: without it there is none."""
+        return self.residual * self.strength if self.training else 0.0
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        super().refresh()
+        if self.rule.residual:
+            self.residual_factor.fill_(1 + self._added)
+            if self._added:
+                self.rounded.add_(self.weight, alpha=self._added)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.residual:
+            self.refresh()
+        return self
+
+    def settle(self) -> None:
+        self.residual = 0.0
+        super().settle()
+
+    def _state(self) -> tuple[float | int, ...]:
+        return *super()._state(), self._added
+
     def _remember(self, codes: Tensor, scales: Tensor) -> None:
         if self.rule.learned:
             self._remember_slope(codes, scales, self.rule.learned)
@@ -155,6 +201,10 @@ class TernaryLinear(FakeQuantLinear):
         self.passed.copy_(inside.reshape(self.passed.shape)).mul_(self.strength).add_(1 - self.strength)
 
     def effective_weight(self) -> Tensor:
+        if self.rule.residual:
+            self.ensure_fresh()
+            added: Tensor = _WithResidual.apply(self.weight, self.rounded, self.residual_factor)
+            return added
         if self.scale is None:
             return super().effective_weight()
         self.ensure_fresh()

@@ -46,7 +46,7 @@ def test_a_compiled_model_is_the_same(case):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-@pytest.mark.parametrize("quantizer", ["absmean", "tequila", "seq_ternary"])
+@pytest.mark.parametrize("quantizer", ["absmean", "tequila", "seq_ternary", "sherry"])
 def test_the_warm_up_of_the_lattice_needs_no_second_graph(quantizer):
     torch._dynamo.reset()
     counters.clear()
