@@ -42,6 +42,9 @@ class FactorMethod(Method, Generic[Config, Layer], abstract=True):
         """EW-721: no restart would ever come."""
         check_period("restart_every", self.config.restart_every, total_steps)
 
+    def kept_whole(self) -> str | None:
+        return None if self.config.restart_every is None else "a restart balances whole factors"
+
     def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
         from edgewright.compress.layers import choose
 

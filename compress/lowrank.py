@@ -105,6 +105,9 @@ class LowRank(FactorMethod["LowRankConfig", "FactoredLinear | ReLoRALinear"]):
         if self.config.relora is not None:
             check_period("merge_every", self.config.relora.merge_every, total_steps)
 
+    def kept_whole(self) -> str | None:
+        return super().kept_whole() if self.config.relora is None else "a merge adds whole factors to their matrix"
+
     def replacement(self, linear: nn.Linear, rank: int) -> FactoredLinear | ReLoRALinear:
         import torch
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -35,7 +36,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from edgewright.distributed_rules import check_several
-from edgewright.errors import EdgewrightError, OutOfResources
+from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
+from edgewright.student import decoder_blocks
 from edgewright.world import Replica, World
 
 if TYPE_CHECKING:
@@ -70,6 +72,17 @@ class Processes(World):
         self.rank = rank
         self.size = size
         self._turns = itertools.count()
+
+    def check_sees(self, path: Path) -> None:
+        if not path.exists():
+            raise RecipeError(
+                "EW-774",
+                f"process {self.rank} of {self.size} does not see what the main process wrote",
+                where=path.absolute(),
+                expected="a run directory that all processes see",
+                found="no such file",
+                fix="choose an output_dir on a file system that all nodes share",
+            )
 
     def check(self, recipe: Recipe) -> None:
         check_several(recipe, self.size)
@@ -122,10 +135,10 @@ class Processes(World):
             time.sleep(0.02)
 
     @contextmanager
-    def own_randomness(self) -> Iterator[None]:
-        seed = int(torch.randint(2**62, ()))
+    def own_randomness(self, number: int) -> Iterator[None]:
+        seed = torch.initial_seed() + 1 + number * self.size + self.rank
         with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            torch.manual_seed(seed + self.rank)
+            torch.manual_seed(seed % 2**63)
             yield
 
     def replicate(self, module: TrainingModule, sharding: Sharding) -> Replica:
@@ -229,8 +242,8 @@ class CutUp(Replica):
         super().__init__(module)
         self._main = world.is_main
         self._skeleton = without_weights(module.model)
-        mesh = init_device_mesh(module.model.device.type, (world.size,))
-        for block in decoder_blocks(module.model):
+        mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world.size,))
+        for block in decoder_blocks(module.model):  # which moves to the device, and is cut up there, by itself
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         self._root: FSDPModule = fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
@@ -269,12 +282,6 @@ class CutUp(Replica):
 
 
 _REPLICAS: dict[Sharding, Callable[[TrainingModule, World], Replica]] = {"none": Copied, "full": CutUp}
-
-
-def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that the architecture itself says are to stay in one piece: its decoder blocks."""
-    kinds = frozenset(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -39,6 +39,8 @@ def _problems(stage: StageConfig, processes: int) -> Iterator[RecipeError]:
         return
     if settings.compile == "on":
         yield _alone(where, "compile", "does not go with `sharding: full`: no graph holds weights that come and go")
+    if settings.offload_optimizer:
+        yield _alone(where, "offload_optimizer", "does not go with `sharding: full`, whose state is in parts already")
     for method in stage.methods:
         why = method.build().kept_whole()
         if why is not None:

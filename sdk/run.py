@@ -75,7 +75,7 @@ def run(recipe: str | Path, *overrides: str, fresh: bool = False, say: Say | Non
         Interrupted: a signal; the same command goes on. Every other EdgewrightError as its part raises it.
     """
     from edgewright.recipe import load_recipe
-    from edgewright.run_directory import taken
+    from edgewright.run_directory import MARKER, taken
     from edgewright.training import StopRequest
     from edgewright.world import joined
 
@@ -85,6 +85,7 @@ def run(recipe: str | Path, *overrides: str, fresh: bool = False, say: Say | Non
         directory = loaded.run_directory
         loaded.data.fingerprint()  # the corpus is there; nothing is made or removed before that is known
         world.main_only(lambda: held.enter_context(taken(loaded, directory, fresh=fresh)))
+        world.check_sees(directory / MARKER)
         stop = held.enter_context(StopRequest().installed())
         speak = (say or _to_stderr) if world.is_main else _to_nobody
         return _Run(Path(recipe), loaded, directory, speak, world).finish(stop)

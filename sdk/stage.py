@@ -46,6 +46,8 @@ WITHOUT_EFFECT_ON_BITS = frozenset(
     {"logging_steps", "save_steps", "save_minutes", "keep_checkpoints", "auto_find_batch_size", "sharding"}
 )
 """Training settings that may change between a run and its resumption."""
+OF_PROCESSES = ("processes", "sharding", "threads", "compile", "micro_batch")
+"""Decisions that are taken anew on another number of processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +129,8 @@ def train_stage(
         say(f"{stage.name}: {stored}")
     for note in stage.optimizer.notes(state.decisions["device"]):
         say(f"note: {note}")
-    model.to(state.decisions["device"])
+    if state.decisions["sharding"] == "none":  # else the weights get to the devices in parts
+        model.to(state.decisions["device"])
     check_head(model, f"start of stage {stage.name}")
     methods: list[Method] = [config.build() for config in stage.methods]
     if state.decisions["gradient_release"]:
@@ -409,20 +412,27 @@ def _same_machine(state: checkpoint.TrainState, say: Callable[[str], None]) -> N
 
 def _same_processes(state: checkpoint.TrainState, now: dict[str, Any], say: Callable[[str], None]) -> None:
     """On another number of processes, take anew what depends on it."""
-    before = state.decisions.setdefault("processes", 1)
-    if before == now["processes"]:
+    before = {"processes": 1, "sharding": "none"} | state.decisions
+    state.decisions = before
+    if all(before[name] == now[name] for name in ("processes", "sharding")):
         return
-    state.decisions |= {name: now[name] for name in ("processes", "threads", "compile")}
+    state.decisions = before | {name: now[name] for name in OF_PROCESSES}
     say(
-        f"warning: begun on {before} processes, going on with {now['processes']}: the same batches and steps, but sums "
-        "in another order, so not bit for bit the result of an uninterrupted run"
+        f"warning: begun on {_several(before)}, going on with {_several(now)}: the same batches and steps, but sums in "
+        "another order, so not bit for bit the result of an uninterrupted run"
     )
+
+
+def _several(decisions: dict[str, Any]) -> str:
+    number = decisions["processes"]
+    cut_up = ", weights cut up among them" if decisions["sharding"] == "full" else ""
+    return "1 process" if number == 1 else f"{number} processes{cut_up}"
 
 
 def _decided(state: checkpoint.TrainState) -> str:
     d = state.decisions
-    processes = f"{d['processes']} processes, " if d["processes"] > 1 else ""
     compiled = "compiled" if d["compile"] else "not compiled"
+    processes = f"{_several(d)}, " if d["processes"] > 1 else ""
     return f"{processes}{d['device']}, {d['precision']}, {d['threads']} threads, {compiled}"
 
 

@@ -188,7 +188,7 @@ class Trainer:
         micro = [self.job.batches.batch(p, min(size, end - p)) for p in range(first, end, size * processes)]
         counted = int(self.world.sum(torch.tensor(sum(batch.valid_tokens for batch in micro))))
         total = torch.zeros(len(self.job.objective.parts), device=self.device)
-        with self.world.own_randomness():
+        with self.world.own_randomness(self.state.position):
             for batch in micro:
                 with self.job.replica.accumulating(last=batch is micro[-1]):
                     loss, parts = self.job.replica(model_inputs(batch, self.device), 1.0 / max(1, counted))

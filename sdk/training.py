@@ -133,8 +133,8 @@ def decide(settings: TrainingConfig, *, parameters: int, tokens: int, processes:
     threads = torch.get_num_threads()
     precision = {"bf16": "bfloat16", "fp32": "float32", "auto": _fast_precision(device)}[settings.precision]
     seconds = 6.0 * parameters * tokens / (CPU_FLOPS_PER_CORE[precision] * threads * processes)
-    cut_up = processes > 1 and settings.sharding == "full"
-    pays = device == "cpu" and not cut_up and seconds * COMPILE_GAIN > COMPILE_COST_SECONDS
+    sharding = settings.sharding if processes > 1 else "none"
+    pays = device == "cpu" and sharding == "none" and seconds * COMPILE_GAIN > COMPILE_COST_SECONDS
     compile_model = {"on": True, "off": False, "auto": pays and _compiler_works()}[settings.compile]
     return {
         "device": device,
@@ -142,6 +142,7 @@ def decide(settings: TrainingConfig, *, parameters: int, tokens: int, processes:
         "compile": compile_model,
         "threads": threads,
         "processes": processes,
+        "sharding": sharding,
         "torch": torch.__version__,
         **memory_decisions(settings),
     }

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -95,6 +97,14 @@ class World(ABC):
         """
 
     @abstractmethod
+    def check_sees(self, path: Path) -> None:
+        """Refuse a file system on which this process does not see what the main one wrote.
+
+        Raises:
+            RecipeError: EW-774.
+        """
+
+    @abstractmethod
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
 
@@ -115,8 +125,12 @@ class World(ABC):
         """The main process's value, of JSON, in every process."""
 
     @abstractmethod
-    def own_randomness(self) -> AbstractContextManager[None]:
-        """Inside it torch's generators differ between processes; afterwards they are alike again."""
+    def own_randomness(self, number: int) -> AbstractContextManager[None]:
+        """Inside it torch's generators differ between processes; afterwards they are as before it, and alike.
+
+        Args:
+            number: other ones draw other numbers.
+        """
 
     @abstractmethod
     def replicate(self, module: TrainingModule, sharding: Sharding) -> Replica:
@@ -130,6 +144,9 @@ class Alone(World):
     size = 1
 
     def check(self, recipe: Recipe) -> None:
+        pass
+
+    def check_sees(self, path: Path) -> None:
         pass
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -147,7 +164,7 @@ class Alone(World):
     def shared(self, value: Any) -> Any:
         return value
 
-    def own_randomness(self) -> AbstractContextManager[None]:
+    def own_randomness(self, number: int) -> AbstractContextManager[None]:
         return nullcontext()
 
     def replicate(self, module: TrainingModule, sharding: Sharding) -> Replica:
