@@ -196,6 +196,7 @@ class _Checker:
         if count is not None:
             self.parameters[stage.name] = count
         size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
+        self._heads(stage)
         ahead = self._preview(stage)
         if ahead is not None:
             self.left[stage.name] = ahead.left
@@ -207,6 +208,14 @@ class _Checker:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
         if ahead is not None:
             self._look_at_lattice(stage, ahead)
+
+    def _heads(self, stage: StageConfig) -> None:
+        """Whether training can make the logits of what is opened here; without a model directory torch stays out."""
+        opened = [config for owner, _, config in self._taught() if owner is stage and config.type == "checkpoint"]
+        if opened and all(config.model in self.sound for config in opened):
+            from edgewright.preview import check_starts
+
+            check_starts(self.recipe, stage)
 
     def _preview(self, stage: StageConfig) -> Preview | None:
         """What its methods would get; None when what it starts from cannot be opened.

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,27 @@ from torch import Tensor, nn
 from edgewright.compress.layers import CompressedLinear, skipped
 from edgewright.errors import RecipeError
 from edgewright.memory_rules import check_release
-from edgewright.student import PresetStudentConfig, StageStudentConfig, preset_config
+from edgewright.student import (
+    CheckpointStudentConfig,
+    PresetStudentConfig,
+    StageStudentConfig,
+    check_same_logits,
+    output_head,
+    preset_config,
+)
 from edgewright.weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
     from edgewright.compress.choice import LayerChoice
     from edgewright.recipe import MethodConfig, Recipe, StageConfig
 
+SEEN_TOKENS = 8
+"""Positions, and rows of the head, by which a family's logits are looked at."""
+LARGE_LOGITS = 100.0
+"""Their standard deviation, so that a cap shows."""
 Shapes = dict[str, tuple[int, int]]
 """[out, in] of linear layers, by name."""
 
@@ -72,7 +84,77 @@ def check_stages(recipe: Recipe, vocab_size: int, finished: Mapping[str, Path]) 
         if stage.name in finished:
             left[stage.name] = stored_architecture(finished[stage.name])
         else:
+            check_starts(recipe, stage)
             left[stage.name] = preview(recipe, stage, architecture(recipe, stage, vocab_size, left)).left
+
+
+def check_starts(recipe: Recipe, stage: StageConfig) -> None:
+    """Refuse a student or a teacher from a directory whose logits training could not make, by its configuration.
+
+    Raises:
+        RecipeError: EW-707, EW-712, as `student.check_head` does of the model with its weights.
+        BadInput, Unsafe: the directory is no model.
+    """
+    from edgewright.compress.distill import DistillConfig
+
+    starts = [("start", stage.student)]
+    if isinstance(stage.objective, DistillConfig):
+        starts.append(("teacher", stage.objective.teacher))
+    for role, start in starts:
+        if isinstance(start, CheckpointStudentConfig):
+            check_head_of_family(stored_architecture(start.model), f"{role} of stage {stage.name}")
+
+
+class KnownHidden(nn.Module):
+    """In the place of a base model: whatever it is asked, its last hidden states are these; the rest is the original's.
+
+    Args:
+        original: the base model.
+        hidden: [1, S, H].
+    """
+
+    def __init__(self, original: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        self.original = original
+        self.hidden = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "original" else getattr(self.original, name)
+
+    def forward(self, *inputs: Any, **settings: Any) -> ModelOutput:
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+
+
+def check_head_of_family(model: PreTrainedModel, where: str) -> None:
+    """`student.check_head` without weights: a small random head, on random numbers for the last hidden states.
+
+    Families that do not call their base model as a whole are not understood here, and nothing is said of them:
+    `check_head` follows when the stage begins.
+
+    Args:
+        model: on meta; used up.
+    """
+    old = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    if type(old) is nn.Linear:
+        head = nn.Linear(old.in_features, SEEN_TOKENS, bias=old.bias is not None)
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        model.set_output_embeddings(head)
+    ours = output_head(model)
+    hidden = torch.randn(1, SEEN_TOKENS, old.in_features, generator=generator)
+    hidden *= LARGE_LOGITS / old.in_features**0.5
+    setattr(model, model.base_model_prefix, KnownHidden(model.base_model, hidden))
+    try:
+        with torch.no_grad():
+            own = model(input_ids=torch.zeros(1, SEEN_TOKENS, dtype=torch.int64), use_cache=False).logits[0].float()
+            expected = ours(hidden[0])
+    except (RuntimeError, AttributeError):  # it looks at what is on meta, or for more than hidden states
+        return
+    if not own.is_meta:
+        check_same_logits(model, own, expected, where)
 
 
 def architecture(

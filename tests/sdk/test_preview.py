@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from tiny_run import write_recipe
 
 import edgewright
 from edgewright.check import check
+from edgewright.compress.factored_model import empty_model
 from edgewright.errors import RecipeError
-from edgewright.preview import preview, stored_architecture
+from edgewright.preview import check_head_of_family, preview, stored_architecture
 from edgewright.recipe import load_recipe
 
 LATE = {
@@ -113,3 +116,64 @@ def test_gpt2s_layers_are_of_another_class(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="EW-704") as raised:
         preview(recipe, recipe.stages[0], transformers.GPT2LMHeadModel(config))
     assert "Conv1D" in str(raised.value.found)
+
+
+@pytest.mark.parametrize("place", ["student", "objective.teacher"])
+def test_logits_that_training_does_not_know_are_seen_in_the_configuration(tmp_path: Path, place: str) -> None:
+    """Of a later stage's student and teacher; the weights of the directory are never read."""
+    edgewright.run(
+        write_recipe(tmp_path),
+        "stages.base.budget.max_steps=1",
+        f"output_dir={tmp_path / 'before'}",
+        say=lambda line: None,
+    )
+    made = tmp_path / "before/stages/base/model"
+    directory = tmp_path / "scaled"
+    shutil.copytree(made, directory)
+    config = {**json.loads((made / "config.json").read_text()), "model_type": "hyperclovax", "logits_scaling": 2.0}
+    (directory / "config.json").write_text(json.dumps({**config, "architectures": ["HyperCLOVAXForCausalLM"]}))
+    start = f"{{type: checkpoint, model: {directory}}}"
+    error = refused(
+        tmp_path,
+        f"data.tokenizer={{type: pretrained, path: {made}}}",
+        f"stages.student.{place}={start}",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert error.code == "EW-712" and place.rpartition(".")[2].replace("student", "start") in str(error.where)
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 5.0}),
+        ("Cohere", {"logit_scale": 0.5}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("HyperCLOVAX", {}),
+        ("GPT2", {}),
+        ("OPT", {}),
+    ],
+)
+def test_families_that_training_knows_pass(family: str, settings: dict[str, object]) -> None:
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
+    check_head_of_family(empty_model(config, torch.float32), "start")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), [("HyperCLOVAX", {"logits_scaling": 2.0}), ("RecurrentGemma", {"logits_soft_cap": 30.0})]
+)
+def test_a_factor_and_a_cap_that_training_does_not_know(family: str, settings: dict[str, object]) -> None:
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
+    with pytest.raises(RecipeError, match="EW-712"):
+        check_head_of_family(empty_model(config, torch.float32), "start")
