@@ -84,21 +84,33 @@ class ProjectedOptimizer(ResettableOptimizer):
     ) -> None:
         _check(defaults)
         self._seed = seed
-        self._first_seeds: dict[Tensor, int] = {}
-        self._projectors: dict[str, Projector] = {
-            "random": RandomProjector(keep=keep_projections, first_seeds=self._first_seeds),
+        self._keep_projections = keep_projections
+        self._projectors = self._new_projectors()
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_seed": self._seed, "_keep_projections": self._keep_projections}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._projectors = self._new_projectors()
+
+    def _new_projectors(self) -> dict[str, Projector]:
+        return {
+            "random": RandomProjector(keep=self._keep_projections, first_seed=self._first_seed),
             "svd": SvdProjector(),
         }
-        super().__init__(params, defaults)
+
+    def _first_seed(self, parameter: Tensor) -> int:
+        """Its number among all parameters, from 1."""
+        everything = (each for group in self.param_groups for each in group["params"])
+        return self._seed + next(number for number, each in enumerate(everything, 1) if each is parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one that says nothing of `rank` becomes two where only some of its parameters are projected."""
         for group in _split(param_group, self.defaults["rank"]):
             super().add_param_group(group)
-            added = self.param_groups[-1]
-            _check_group(added)
-            for parameter in added["params"]:
-                self._first_seeds[parameter] = self._seed + len(self._first_seeds) + 1
+            _check_group(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -354,26 +366,27 @@ def _can_be_projected(entry: Tensor | tuple[str, Tensor], rank: int | float) -> 
     return tensor.ndim == 2 and min(tensor.shape) > rank_of(rank, tensor.shape)
 
 
-def _check(defaults: dict[str, Any]) -> None:
+def _check(options: dict[str, Any]) -> None:
     """Refuse values that no formula takes, as torch's own optimizers do."""
+    rank = options["rank"]
     in_range = {
-        "lr": defaults["lr"] >= 0,
-        "betas": all(0 <= beta < 1 for beta in defaults["betas"]),
-        "eps": defaults["eps"] >= 0,
-        "weight_decay": defaults["weight_decay"] >= 0,
-        "update_proj_gap": defaults["update_proj_gap"] >= 1,
+        "rank": rank is None or (rank > 0 and (isinstance(rank, int) or rank <= 1)),
+        "lr": options["lr"] >= 0,
+        "betas": all(0 <= beta < 1 for beta in options["betas"]),
+        "eps": options["eps"] >= 0,
+        "weight_decay": options["weight_decay"] >= 0,
+        "update_proj_gap": options["update_proj_gap"] >= 1,
     }
     for name, good in in_range.items():
         if not good:
-            raise ValueError(f"{name} is out of range: {defaults[name]}")
+            raise ValueError(f"{name} is out of range: {options[name]}")
 
 
 def _check_group(group: Group) -> None:
+    _check(group)
     rank = group["rank"]
     if rank is None:
         return
-    if rank <= 0 or (isinstance(rank, float) and rank > 1):
-        raise ValueError(f"rank must be a positive whole number, or a fraction of at most 1: {rank}")
     names = group.get("param_names", [f"parameter {number}" for number in range(len(group["params"]))])
     for name, parameter in zip(names, group["params"], strict=True):
         if parameter.ndim != 2 or rank_of(rank, parameter.shape) > min(parameter.shape):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -125,17 +125,17 @@ class RandomProjector(Projector):
 
     Args:
         keep: keep each matrix between refreshes, which costs its size in memory, and drawing it in each step otherwise.
-        first_seeds: by parameter.
+        first_seed: of a parameter.
     """
 
-    def __init__(self, *, keep: bool, first_seeds: dict[Tensor, int]) -> None:
+    def __init__(self, *, keep: bool, first_seed: Callable[[Tensor], int]) -> None:
         self.keep = keep
-        self.first_seeds = first_seeds
+        self.first_seed = first_seed
         self._kept: dict[Tensor, tuple[int, Tensor]] = {}
 
     def projection(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> Tensor:
         if "seed" not in state:
-            state["seed"] = torch.tensor(self.first_seeds[parameter])
+            state["seed"] = torch.tensor(self.first_seed(parameter))
         elif "step" in state and refresh_due(state, group):
             state["seed"] = torch.tensor(next_seed(int(state["seed"])))
         seed = int(state["seed"])

@@ -58,8 +58,8 @@ def train(model, optimizer, gradients=None):
 def same_steps(ours, theirs, ours_model, theirs_model, *, given=False):
     """
     Args:
-        given: hand the gradients of our run to theirs. The sign of a singular vector hangs on the last bits, and moments
-            outlive it, so that two runs of even the same code part ways when a bit differs.
+        given: hand the gradients of our run to theirs. The sign of a singular vector hangs on the last bits, and
+            moments outlive it, so that two runs of even the same code part ways when a bit differs.
     """
     start = [parameter.detach().clone() for parameter in ours_model.parameters()]
     mine, gradients = train(ours_model, ours)
