@@ -76,6 +76,10 @@ class Distill(Objective):
                 fix="give the student the teacher's tokenizer: data.tokenizer = {type: pretrained, path: TEACHER}",
             )
         check_head(teacher, f"teacher {self.directory}")
+        self.learn_from(teacher)
+
+    def learn_from(self, teacher: PreTrainedModel) -> None:
+        """Take a model as the teacher, as it is."""
         self._teacher = teacher
 
     def teacher(self) -> PreTrainedModel | None:

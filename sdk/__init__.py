@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgewright.export.runtimes import open_session as open_session
     from edgewright.generate import generate as generate
     from edgewright.ls import ls as ls
+    from edgewright.plan import plan as plan
     from edgewright.report import report as report
     from edgewright.run import run as run
 
@@ -35,13 +36,14 @@ __all__ = [
     "generate",
     "ls",
     "open_session",
+    "plan",
     "report",
     "run",
     "verify",
 ]
 
 _VERB_MODULES = frozenset(
-    {"bench", "check", "doctor", "evaluate", "explain", "export", "generate", "ls", "report", "run"}
+    {"bench", "check", "doctor", "evaluate", "explain", "export", "generate", "ls", "plan", "report", "run"}
 )
 """Modules of this package that can be called (see `_verbs.py`)."""
 _FUNCTIONS = {"verify": "edgewright.export.parity", "open_session": "edgewright.export.runtimes"}

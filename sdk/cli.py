@@ -195,6 +195,27 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Overrides = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, a GPU such as rtx-4070, or a size such as 24GB; by default this machine's.")
+    ] = None,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="Do not time a few real steps on this machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict memory, disk and time of a recipe.
+
+    Says before anything is trained whether it fits, and if not what to change and what that saves.
+    """
+    from edgewright.plan import plan
+
+    with _quiet_stdout():
+        result = plan(recipe, *(overrides or []), device=device, probe=not no_probe)
+    _show("plan", result, as_json)
+
+
+@app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     overrides: Overrides = None,

@@ -42,6 +42,12 @@ def _check(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", verdict])
 
 
+def _plan(result: dict[str, Any]) -> str:
+    from edgewright.planner.text import as_text
+
+    return as_text(result)
+
+
 def _run(result: dict[str, Any]) -> str:
     from edgewright.report import format_table
 
@@ -231,6 +237,7 @@ def _explain(result: dict[str, Any]) -> str:
 
 _TEXTS: dict[str, Text] = {
     "check": _check,
+    "plan": _plan,
     "run": _run,
     "evaluate": _evaluate,
     "export": _export,

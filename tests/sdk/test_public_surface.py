@@ -21,13 +21,15 @@ NAMES = [
     "generate",
     "ls",
     "open_session",
+    "plan",
     "report",
     "run",
     "verify",
 ]
-VERBS = ["check", "run", "evaluate", "export", "verify", "bench", "generate", "report", "ls", "doctor", "explain"]
+VERBS = ["check", "plan", "run", "evaluate", "export", "verify", "bench", "generate", "report", "ls", "doctor", "explain"]
 OPTIONS = {
     "check": {"--schema", "--json", "--help"},
+    "plan": {"--device", "--no-probe", "--json", "--help"},
     "run": {"--fresh", "--json", "--help"},
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
     "export": {

@@ -1,0 +1,138 @@
+"""Predicted against measured peak memory, and against measured time.
+
+    python benchmarks/plan_memory.py [--only NAME] [--time]
+
+Every configuration trains a few steps, checkpoints and all, in a process of its own; measured is the peak resident size
+less the baseline (after imports, before the model is built). Bar: within 15 % each. With --time: hours after the probe
+of a few steps against a run of 40, within 15 %; only on a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import ROOT, header, worker
+
+RECIPE = """
+version: 1
+name: plan
+data: {{type: stdlib, tokenizer: {{type: train, vocab_size: 4096}}, sequence_length: {sequence}, held_out: 0.04}}
+stages:
+  - name: base
+    student: {student}
+    objective: {objective}
+    methods: {methods}
+    optimizer: {optimizer}
+    budget: {{max_steps: {steps}}}
+    training: {training}
+"""
+DEFAULTS = {
+    "student": "{type: preset, preset: llama-4m}",
+    "sequence": 256,
+    "objective": "{type: next_token}",
+    "methods": "[]",
+    "optimizer": "{type: adamw}",
+    "steps": 3,
+}
+SMALL = "{type: preset, preset: llama-1m}"
+MIDDLE = "{type: preset, preset: llama-20m}"
+LARGE = "{type: preset, preset: llama-60m, num_hidden_layers: 12}"
+TEACHER = ROOT / "examples/teacher"
+DISTILL = f"{{type: distill, teacher: {{type: checkpoint, model: {TEACHER}}}}}"
+BASE = {"per_device_train_batch_size": 8, "precision": "fp32", "compile": "off", "eval_steps": 0, "eval_sequences": 8}
+
+CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "1m fp32": ({"student": SMALL}, {"per_device_train_batch_size": 16}),
+    "4m fp32": ({}, {}),
+    "4m fp32 1024": ({"sequence": 1024}, {"per_device_train_batch_size": 4}),
+    "4m bf16": ({}, {"precision": "bf16"}),
+    "20m fp32": ({"student": MIDDLE}, {}),
+    "20m bf16 accumulated": (
+        {"student": MIDDLE, "sequence": 512},
+        {"precision": "bf16", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ),
+    "50m fp32": ({"student": LARGE}, {"per_device_train_batch_size": 2}),
+    "4m ternary": ({"methods": "[{type: ternary}]"}, {}),
+    "20m lowrank": ({"student": MIDDLE, "methods": "[{type: lowrank, rank_fraction: 0.25}]"}, {}),
+    "4m distilled": ({"objective": DISTILL}, {}),
+    "20m ternary bf16": ({"student": MIDDLE, "methods": "[{type: ternary}]"}, {"precision": "bf16"}),
+    "4m compiled": ({}, {"compile": "on"}),
+    "20m compiled bf16": ({"student": MIDDLE}, {"compile": "on", "precision": "bf16"}),
+    "20m checkpointed": ({"student": MIDDLE}, {"gradient_checkpointing": True}),
+}
+
+
+def write_recipe(folder: Path, name: str, **changes: object) -> Path:
+    own, training = CASES[name]
+    values = {**DEFAULTS, **own, **changes, "training": json.dumps({**BASE, **training})}
+    text = RECIPE
+    if values["objective"] == DISTILL:
+        text = text.replace("type: train, vocab_size: 4096", f"type: pretrained, path: {TEACHER}")
+    path = folder / "recipe.yaml"
+    path.write_text(text.format(**values), encoding="utf-8")
+    return path
+
+
+def measure(recipe: Path, data: Path) -> None:
+    """The worker: train the stage, and print the peak above the baseline, and the seconds of a step."""
+    from edgewright.data import prepare_data
+    from edgewright.planner.peak import PeakMemory
+    from edgewright.recipe import load_recipe
+    from edgewright.stage import train_stage
+    from edgewright.training import StopRequest
+
+    loaded = load_recipe(recipe)
+    stage = loaded.stages[0]
+    kind = "teacher" if loaded.data.tokenizer.type == "pretrained" else "own"
+    corpus = prepare_data(loaded.data, data / kind, say=lambda line: None)
+    measured = PeakMemory.begin("cpu", compiled=stage.training.compile == "on")
+    assert measured is not None, "this system does not tell a process's peak memory"
+    result = train_stage(loaded, stage, corpus, recipe.parent / "stage", {}, say=lambda line: None, stop=StopRequest())
+    print(json.dumps({"memory": measured.bytes(), "seconds": result.seconds / result.steps}))
+
+
+def predict(recipe: Path) -> dict[str, object]:
+    arguments = [sys.executable, "-m", "edgewright.cli", "plan", str(recipe), "--device", "cpu", "--no-probe", "--json"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--worker", nargs=2, type=Path)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        measure(*arguments.worker)
+        return
+    header()
+    worst = 0.0
+    data = ROOT / "build/plan_memory"
+    for name in arguments.only or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = write_recipe(Path(folder), name)
+            predicted = predict(recipe)["memory"]
+            assert isinstance(predicted, dict)
+            measured = worker(__file__, "--worker", str(recipe), str(data))["memory"]
+        error = predicted["total"] / measured - 1
+        worst = max(worst, abs(error))
+        parts = "  ".join(f"{part} {size / 2**20:,.0f}" for part, size in predicted.items() if size and part != "total")
+        print(
+            f"{name:24} predicted {predicted['total'] / 2**20:7,.0f} MiB  measured {measured / 2**20:7,.0f} MiB  "
+            f"{error:+.1%}   ({parts})",
+            flush=True,
+        )
+    print(f"largest error {worst:.1%} (bar 15 %)")
+    sys.exit(worst > 0.15)
+
+
+if __name__ == "__main__":
+    main()

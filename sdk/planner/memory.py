@@ -1,0 +1,63 @@
+"""The memory of a stage on a device: the simulated step, and what a process takes besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgewright.planner.devices import CUDA_CONTEXT, Device
+from edgewright.planner.simulate import Case, Step, simulate
+
+LIBRARIES = 30 * 2**20
+"""What torch's libraries load and set up with the first step on a CPU, beside the code that is imported (measured)."""
+COMPILER = 120 * 2**20
+"""What compiling a step leaves in the process (measured)."""
+CUDA_WORKSPACE = 32 * 2**20
+"""cuBLAS's, from torch's allocator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes at the moment of the peak, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    teacher: int
+    other: int
+    """The batch; on a CPU holes of the heap and torch's own buffers, on a GPU the context and cuBLAS's workspace."""
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.teacher + self.other
+        )
+
+    def to_json(self) -> dict[str, int]:
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "teacher", "other", "total")
+        return {name: getattr(self, name) for name in names}
+
+
+def predict(case: Case, device: Device) -> tuple[Memory, Step]:
+    """Peak memory of a stage above that of a process that has imported all it needs.
+
+    Raises:
+        as `simulate`.
+    """
+    step = simulate(case)
+    parts = dict(step.memory)
+    if device.kind == "cpu":
+        parts["other"] += step.heap - sum(parts.values()) + LIBRARIES
+        parts["other"] += COMPILER if case.decisions["compile"] else 0
+    else:
+        parts["other"] += CUDA_CONTEXT + CUDA_WORKSPACE
+    if case.decisions["offload_optimizer"]:
+        parts["optimizer"] -= step.optimizer_bytes - _largest_state(case, step)
+    return Memory(**parts), step
+
+
+def _largest_state(case: Case, step: Step) -> int:
+    """State of the largest parameter, which is on the device while that is stepped."""
+    largest = max(parameter.numel() for parameter in case.student.parameters())
+    return step.optimizer_bytes * largest // max(1, step.parameters)

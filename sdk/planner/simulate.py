@@ -1,0 +1,244 @@
+"""One optimizer step of a stage, on tensors without memory: its peak by part, and its operations."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgewright.memory_rules import check_release
+from edgewright.method import StepContext
+from edgewright.objective import ModelInputs, Objective
+from edgewright.planner.heap import Heap
+from edgewright.planner.ledger import Ledger
+from edgewright.student import recompute_blocks
+from edgewright.trainer import TrainingModule
+from edgewright.update import ReleasedUpdate, Update, WholeUpdate
+from edgewright.weights import check_weights, hold_weights_as
+from edgewright.world import ALONE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from edgewright.chunked import Head
+    from edgewright.method import Method
+    from edgewright.recipe import StageConfig
+
+REPEATS = 2
+"""Steps after the first that the heap is followed through: then its holes are where they stay."""
+MOST_MICRO_BATCHES = 2
+"""Accumulation needs gradients beside the activations from its second micro-batch on; further ones need no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one optimizer step of a stage takes."""
+
+    memory: dict[str, int]
+    """Bytes by part, at the moment of the peak."""
+    heap: int
+    """Bytes that the heap of a C library takes for it: the peak and the holes in between."""
+    parameters: int
+    flops: float
+    """Of the whole global batch, forward and backward; a multiply-add counts as two. Products of matrices and attention
+    alone, as everywhere in the field."""
+    weight_bytes: int
+    """Of the student, buffers included."""
+    optimizer_bytes: int
+    """Of the optimizer's state, between two steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A stage with all that decides its step, and models whose weights may have no memory."""
+
+    stage: StageConfig
+    student: PreTrainedModel
+    teacher: PreTrainedModel | None
+    sequence_length: int
+    decisions: dict[str, Any]
+    """As `training.decide` takes them: precision, micro-batch, weights and so on."""
+    borders: bool
+    """Whether documents meet inside sequences, so that attention gets a mask."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.decisions["precision"]]
+
+
+class _Labelled(Objective):
+    """An objective that tells the ledger what its tensors are for."""
+
+    def __init__(self, inner: Objective, ledger: Ledger) -> None:
+        self.inner = inner
+        self.ledger = ledger
+
+    def loss(
+        self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        with self.ledger.part("logits"):
+            return self.inner.loss(hidden, head, inputs, scale=scale, dtype=dtype)
+
+
+def simulate(case: Case) -> Step:
+    """Run two steps of a stage without memory; the second one, which finds the optimizer's state there, is measured.
+
+    Both models are copied without their weights; what the methods do to the student is done to the copy.
+
+    Raises:
+        RecipeError: what methods, optimizers and memory settings refuse.
+        RuntimeError: the architecture or a method does what cannot be done without data.
+    """
+    ledger = Ledger()
+    with _without_warnings(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        with ledger.part("weights"):
+            student = _weightless(case.student)
+            check_weights(student, case.decisions["weights"], methods=[config.type for config in case.stage.methods])
+            hold_weights_as(student, case.decisions["weights"])
+            methods = [config.build() for config in case.stage.methods]
+            if case.decisions["gradient_release"]:
+                check_release(methods)
+            for method in methods:
+                method.prepare(student)
+            ledger.assign_all(student, "weights")
+        with ledger.part("teacher"):
+            teacher = None if case.teacher is None else _weightless(case.teacher).eval().requires_grad_(False)
+        run = _Run(case, student, methods, _objective(case, teacher, ledger), ledger)
+        run.step()
+        started = len(ledger.events)
+        ledger.begin_peak()
+        flops = run.step()
+    heap = Heap()
+    heap.play(ledger.events)
+    again = ledger.events[started:]
+    for _ in range(REPEATS):
+        heap.play(again)
+        heap.play((key, -1) for key, _ in again)
+    parameters = list(student.parameters())
+    return Step(
+        memory=dict(ledger.peak),
+        heap=heap.peak,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        flops=flops,
+        weight_bytes=ledger.now["weights"],
+        optimizer_bytes=ledger.now["optimizer"],
+    )
+
+
+class _Run:
+    """A stage's step, as the trainer takes it."""
+
+    def __init__(
+        self, case: Case, student: PreTrainedModel, methods: list[Method], objective: Objective, ledger: Ledger
+    ) -> None:
+        self.case = case
+        self.methods = methods
+        self.ledger = ledger
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        for parameter in trained:  # before those of gradient release, which frees it
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign_gradient(p))
+        optimizer = case.stage.optimizer.build(student)
+        labels: list[str] = []
+        optimizer.register_step_pre_hook(lambda *_: labels.append(ledger.enter("optimizer")))
+        optimizer.register_step_post_hook(lambda *_: ledger.leave(labels.pop()))
+        if case.decisions["gradient_release"]:
+            self.update: Update = ReleasedUpdate(optimizer, student)
+        else:
+            self.update = WholeUpdate(optimizer, student, max_grad_norm=case.stage.training.max_grad_norm)
+        if case.decisions["gradient_checkpointing"]:
+            recompute_blocks(student)
+        self.module = TrainingModule(student, _Labelled(objective, ledger), case.dtype)
+        self.replica = ALONE.replicate(self.module, "none")
+        student.train()
+
+    def step(self) -> float:
+        """Take it; the operations of forward and backward for the whole global batch."""
+        context, counter, ledger = _context(), FlopCounterMode(display=False), self.ledger
+        for method in self.methods:
+            method.before_step(context)
+        self.update.begin(self.case.stage.optimizer.learning_rate)
+        pieces = -(-self.case.stage.training.global_batch // self.case.decisions["micro_batch"])
+        micro = min(MOST_MICRO_BATCHES, pieces)
+        for _ in range(micro):
+            with ledger.part("other"):
+                inputs = _inputs(self.case)
+            with ledger.part("activations"), counter:
+                loss, parts = self.module(inputs, 1.0)
+                for method in self.methods:
+                    penalty = method.penalty()
+                    loss = loss if penalty is None else loss + penalty / micro
+                self.update.backward(loss)
+            del loss, parts, inputs
+        for method in self.methods:
+            method.after_backward(context)
+        self.update.norm(self.replica)
+        self.update.apply()
+        with ledger.part("weights"):
+            for method in self.methods:
+                method.after_step(context)
+        return counter.get_total_flops() / micro * pieces
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Layers that watch their weights' addresses are told that there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
+
+
+def _weightless(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose tensors have shapes alone, on the simulated device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in memo:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _objective(case: Case, teacher: PreTrainedModel | None, ledger: Ledger) -> Objective:
+    config = case.stage.objective
+    if config.type == "next_token":
+        return config.build()
+    assert teacher is not None, "distillation has a teacher"
+    from pathlib import Path
+
+    objective = config.build(Path())
+    objective.learn_from(teacher)
+    before: list[str] = []
+    teacher.base_model.register_forward_pre_hook(lambda *_: before.append(ledger.enter("teacher")))
+    teacher.base_model.register_forward_hook(lambda *_: ledger.leave(before.pop()))
+    return objective
+
+
+def _inputs(case: Case) -> ModelInputs:
+    """A micro-batch, as `trainer.model_inputs` makes it."""
+    rows, length = case.decisions["micro_batch"], case.sequence_length
+    ids, labels = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
+    if not case.borders:
+        return ModelInputs(input_ids=ids, labels=labels, position_ids=None, attention_mask=None)
+    documents = torch.zeros(rows, length, dtype=torch.int32)
+    causal = torch.ones(length, length, dtype=torch.bool).tril_()
+    mask = (documents[:, None, :, None] == documents[:, None, None, :]) & causal
+    positions = torch.zeros(rows, length, dtype=torch.long)
+    return ModelInputs(input_ids=ids, labels=labels, position_ids=positions, attention_mask=mask)
+
+
+def _context() -> StepContext:
+    return StepContext(
+        step=1,
+        total_steps=10**9,
+        reset_state=lambda parameter, mask: None,
+        reset_all_state=lambda: None,
+        rewarm=lambda steps: None,
+    )
