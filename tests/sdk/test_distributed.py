@@ -23,22 +23,30 @@ IN_FLOAT32 = "stages.base.training.precision=fp32"
 CUT_UP = "stages.base.training.sharding=full"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
 DRIVER = '''
-"""edgewright run, in which one process is hit by a signal while it fetches its n-th micro-batch."""
+"""edgewright run, in which something happens to one process while it fetches its n-th micro-batch."""
 import os, sys
 from edgewright.cli import main
 from edgewright.data import Batches
+from edgewright.trainer import Trainer
 
-rank, number, left, *words = sys.argv[1:]
-original, left = Batches.batch, int(left)
+rank, event, left, *words = sys.argv[1:]
+hit, left = os.environ.get("RANK", "0") == rank, int(left)
+fetch, penalties = Batches.batch, Trainer._with_penalties
 
 def batch(self, position, size):
     global left
     left -= 1
-    if left == 0 and os.environ.get("RANK", "0") == rank:
-        os.kill(os.getpid(), int(number))
-    return original(self, position, size)
+    if left == 0 and hit and event.isdecimal():
+        os.kill(os.getpid(), int(event))
+    if left == 0 and hit and event == "error":
+        raise MemoryError
+    return fetch(self, position, size)
 
-Batches.batch = batch
+def with_penalties(self, loss, micro_batches):
+    bad = hit and event == "nan" and self.state.position == 20
+    return penalties(self, loss, micro_batches) * (float("nan") if bad else 1.0)
+
+Batches.batch, Trainer._with_penalties = batch, with_penalties
 main(["run", *words])
 '''
 
@@ -48,7 +56,12 @@ def start(*words, processes=2):
     launcher = [*TORCHRUN, "--nproc-per-node", str(processes)] if processes > 1 else [sys.executable]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        [*launcher, *map(str, words)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*launcher, *(str(int(word) if isinstance(word, signal.Signals) else word) for word in words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -60,11 +73,11 @@ def run(recipe, directory, *overrides, processes=2):
     return said
 
 
-def run_hit(folder, recipe, directory, *overrides, rank=0, number=signal.SIGKILL, calls, processes=2):
-    """`edgewright run` with one process hit by a signal; (exit code, what was said)."""
+def run_hit(folder, recipe, directory, *overrides, rank=0, event=signal.SIGKILL, calls=0, processes=2):
+    """`edgewright run` with one process hit by a signal or another event; (exit code, what was said)."""
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
-    words = (driver, rank, int(number), calls, recipe, f"output_dir={directory}", *overrides)
+    words = (driver, rank, event, calls, recipe, f"output_dir={directory}", *overrides)
     return start(*words, processes=processes)
 
 
@@ -185,9 +198,9 @@ def test_killed_on_two_gone_on_alone_and_back(alone, tmp_path, sharding):
     code, said = run_hit(tmp_path, recipe, tmp_path / "run", *overrides, rank=1, calls=5)
     assert code != 0 and "EW-773" in said, said
     code, said = run_hit(tmp_path, recipe, tmp_path / "run", *overrides, calls=12, processes=1)
-    assert code == -signal.SIGKILL and "begun on 2 processes, going on with 1" in said, said
+    assert code == -signal.SIGKILL and "going on with 1 process:" in said, said
     said = run(recipe, tmp_path / "run", *overrides)
-    assert "begun on 1 processes, going on with 2" in said
+    assert "begun on 1 process, going on with 2 processes" in said
     resumed = [entry["step"] for entry in events(tmp_path / "run") if entry.get("event") == "resumed"]
     assert resumed[0] > 0 and resumed[1] > resumed[0], resumed
     same_curve(whole, tmp_path / "run")
@@ -196,7 +209,7 @@ def test_killed_on_two_gone_on_alone_and_back(alone, tmp_path, sharding):
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(alone, tmp_path):
     folder, recipe, whole = alone
-    code, said = run_hit(tmp_path, recipe, tmp_path / "run", IN_FLOAT32, CUT_UP, rank=1, number=signal.SIGTERM, calls=6)
+    code, said = run_hit(tmp_path, recipe, tmp_path / "run", IN_FLOAT32, CUT_UP, rank=1, event=signal.SIGTERM, calls=6)
     assert code != 0 and said.count("stopped by SIGTERM at step 6") == 1 and "go on with" in said, said
     assert "Traceback" not in said.split("torch/distributed")[0], said
     newest = checkpoint.newest(tmp_path / "run/stages/base/checkpoints", print)
@@ -224,3 +237,43 @@ def test_a_ternary_student_of_a_teacher_under_ddp(tmp_path):
         for each in ("one", "two")
     ]
     assert seen[0] == pytest.approx(seen[1], rel=1e-5) and len(seen[0]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stages.base.methods=[{type: granet, regrow: gradient, update_every: 3}]"],
+        ["stages.base.methods=[{type: lowrank, rank: 8, relora: {merge_every: 3}, rewarm_steps: 0}]"],
+        ["stages.base.methods=[{type: lowrank, rank: 8}]", CUT_UP],
+        ["stages.base.optimizer={type: apollo, rank: 8, learning_rate: 5e-3}"],
+        ["stages.base.optimizer={type: galore, rank: 8, learning_rate: 5e-3}"],
+        ["stages.base.training.gradient_checkpointing=true", CUT_UP],
+    ],
+    ids=["granet", "relora", "factors-cut-up", "apollo", "galore", "recomputed-cut-up"],
+)
+def test_methods_and_optimizers_act_alike_in_every_process(alone, tmp_path, overrides):
+    edgewright.run(alone[1], f"output_dir={tmp_path / 'one'}", IN_FLOAT32, *overrides)
+    said = run(alone[1], tmp_path / "two", IN_FLOAT32, *overrides)
+    assert "Warning" not in said
+    same_curve(tmp_path / "one", tmp_path / "two")
+    models = [load_file(tmp_path / each / "stages/base/model/model.safetensors") for each in ("one", "two")]
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_non_finite_values_in_one_process_throw_all_back(alone, tmp_path):
+    for directory, rank, processes in (("one", 0, 1), ("two", 1, 2)):
+        code, said = run_hit(
+            tmp_path, alone[1], tmp_path / directory, IN_FLOAT32, rank=rank, event="nan", processes=processes
+        )
+        assert code == 0 and said.count("base: rollback") == 1, said
+    same_curve(tmp_path / "one", tmp_path / "two")
+    assert [e["skipped_position"] for e in events(tmp_path / "two") if e.get("event") == "rollback"] == [20]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_and_is_told(alone, tmp_path):
+    code, said = run_hit(tmp_path, alone[1], tmp_path / "run", IN_FLOAT32, rank=1, event="error", calls=6)
+    assert code != 0 and "EW-773" in said and "process 1 of the 2 of this run stopped" in said, said
