@@ -9,7 +9,7 @@ with no float32 copy of the weight anywhere. Where ours differs from the referen
   are all of one sign (0.5..1 becomes 0..0.5).
 - The scale is such that the group's smallest and largest value fit it beside the whole-numbered zero point, so that no
   value is clamped: rounding is unbiased at the ends of the range as well, and a group that is stored again unchanged
-  keeps its codes.
+  keeps its values.
 - The floor of the scale is so low that it only keeps groups of zeros from dividing by zero; theirs, 1e-5, is a rounding
   step larger than most updates for groups of small weights.
 """

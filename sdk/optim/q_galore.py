@@ -85,7 +85,9 @@ class QGaLore(ProjectedOptimizer):
             "states": states,
         }
         super().__init__(params, defaults)
-        self._projectors["lazy_svd"] = LazySvdProjector()
+
+    def _new_projectors(self) -> dict[str, Projector]:
+        return {"lazy_svd": LazySvdProjector()}
 
     def _update(self, matrix: Matrix) -> None:
         factor = -matrix.rate * matrix.group["scale"]
