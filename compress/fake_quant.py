@@ -76,8 +76,14 @@ class FakeQuantLinear(CompressedLinear):
         self._seen: tuple[float | int, ...] = ()
 
     @abstractmethod
+    def round_into(self, codes: Tensor) -> Tensor:
+        """Round the latent weight: codes into a contiguous float32 [out, in]; scales as of `round`."""
+
+    @torch.no_grad()
     def round(self) -> tuple[Tensor, Tensor]:
         """Codes [out, in] and scales [1, 1], [out, 1] or [out, groups] of the latent weight, float32."""
+        codes = torch.empty_like(self.rounded)
+        return codes, self.round_into(codes)
 
     @abstractmethod
     def lattice(self) -> LatticeTensor:
@@ -86,11 +92,11 @@ class FakeQuantLinear(CompressedLinear):
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the latent weight as it is now; tensors that a gradient needs of the rounding are made as well."""
-        codes, scales = self.round()
-        self.rounded.copy_(dequantized(codes, scales))
+        scales = self.round_into(self.rounded)
+        self._remember(self.rounded, scales)
+        blocks_with(self.rounded, scales).mul_(scales[:, :, None])
         if self.strength < 1:  # lerp is exact at both ends
             torch.lerp(self.weight.float(), self.rounded, self.strength, out=self.rounded)
-        self._remember(codes, scales)
         self._seen = self._state()
 
     def settle(self) -> None:
@@ -99,7 +105,7 @@ class FakeQuantLinear(CompressedLinear):
         self.refresh()
 
     def _remember(self, codes: Tensor, scales: Tensor) -> None:  # noqa: B027 - a hook for what gradients need
-        """Called with every new rounding."""
+        """Called with every new rounding; codes [out, in] are in a buffer that is used again."""
 
     def _state(self) -> tuple[float | int, ...]:
         """Changes whenever the rounding would: torch counts the changes of a tensor."""
@@ -130,10 +136,9 @@ class FakeQuantLinear(CompressedLinear):
         return F.linear(x, self.effective_weight(), self.effective_bias())
 
 
-def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes * scale, float32 [rows, columns], for scales per tensor, row or group."""
-    rows, columns = codes.shape
-    return (codes.reshape(rows, scales.shape[1], -1) * scales[:, :, None]).reshape(rows, columns)
+def blocks_with(codes: Tensor, scales: Tensor) -> Tensor:
+    """Contiguous codes [rows, columns] seen so that scales[:, :, None] fit, be they per tensor, row or group."""
+    return codes.view(len(codes), scales.shape[1], -1)
 
 
 def as_array(tensor: Tensor, kind: type[np.generic]) -> np.ndarray:

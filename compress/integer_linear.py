@@ -42,7 +42,7 @@ def q8_0(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def q4_0(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """ggml's Q4_0: d = (the value of largest magnitude) / -8, code = floor(w / d + 8.5) - 8; d is stored as fp16."""
     scales = _extreme(blocks) / -8
-    codes = (blocks * _inverse_or_zero(scales)).add_(8.5).trunc_().clamp_(0, 15).sub_(8)
+    codes = (blocks * _inverse_or_zero(scales)).add_(8.5).floor_().clamp_(0, 15).sub_(8)
     return codes, _half(scales)
 
 
@@ -56,21 +56,28 @@ def absmax(blocks: Tensor) -> tuple[Tensor, Tensor]:
 def search(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """4 bits: the signed scale of Q4_0, in float32, times the factor of `SCALE_FACTORS` that loses least."""
     extreme = _extreme(blocks)
-    codes, scales = torch.zeros_like(blocks), torch.ones_like(extreme)
+    codes, scales = torch.empty_like(blocks), torch.ones_like(extreme)
     lowest = torch.full_like(extreme, torch.inf)
     for factor in SCALE_FACTORS:
         tried = torch.where(extreme == 0, 1.0, extreme * (factor / -8))
-        found = (blocks / tried).round_().clamp_(-8, 7)
-        error = (found * tried - blocks).square_().sum(-1, keepdim=True)
-        better = error < lowest
-        codes, scales = torch.where(better, found, codes), torch.where(better, tried, scales)
+        torch.div(blocks, tried, out=codes).round_().clamp_(-8, 7)
+        error = codes.mul_(tried).sub_(blocks).square_().sum(-1, keepdim=True)
+        scales = torch.where(error < lowest, tried, scales)
         lowest = torch.minimum(error, lowest)
+    # once more with the best, and 0 where no error was a number
+    torch.div(blocks, torch.where(lowest < torch.inf, scales, torch.inf), out=codes).round_().clamp_(-8, 7)
     return codes, scales
 
 
 def _extreme(blocks: Tensor) -> Tensor:
     """The value of largest magnitude, with its sign; of equals the first."""
-    return blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    smallest, largest = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    extreme = torch.where(largest > -smallest, largest, smallest)
+    equal = (largest == -smallest)[:, :, 0]
+    if equal.any():
+        blocks = blocks[equal]
+        extreme[equal] = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    return extreme
 
 
 def _inverse_or_zero(scales: Tensor) -> Tensor:
@@ -104,10 +111,11 @@ class IntegerLinear(FakeQuantLinear):
         self.block = block
         self.refresh()
 
-    def round(self) -> tuple[Tensor, Tensor]:
+    def round_into(self, codes: Tensor) -> Tensor:
         blocks = self.weight.detach().float().reshape(self.out_features, -1, self.block)
-        codes, scales = RULES[self.form.rule](blocks)
-        return codes.reshape(self.weight.shape), scales[:, :, 0]
+        found, scales = RULES[self.form.rule](blocks)
+        codes.copy_(found.reshape(codes.shape))
+        return scales[:, :, 0]
 
     def lattice(self) -> LatticeTensor:
         from edgewright.export.lattice import LatticeTensor

@@ -36,6 +36,8 @@ Granularity = Literal["tensor", "row", "group"]
 class LearnedScale:
     """What a rule with a trained scale `a` needs besides (ParetoQ's stretched elastic quantization, SEQ)."""
 
+    codes: Callable[[Tensor, Tensor, Tensor], None]
+    """(blocks, steps, out): the codes go into `out`."""
     step: float
     """Of `a`: the distance that code 1 stands for."""
     start: float
@@ -43,16 +45,18 @@ class LearnedScale:
     largest: float
     """The outermost level, of `a`: LSQ's Q_p, in the scale of the gradient."""
 
+    def first(self, blocks: Tensor) -> Tensor:
+        """What `a` starts from, [R, G]."""
+        return blocks.abs().mean(-1) * self.start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantizer:
     """A rounding rule."""
 
     paper: str
-    codes: Callable[[Tensor, Tensor], Tensor]
-    """(blocks, steps) -> codes, float32 [R, G, C]."""
-    step: Callable[[Tensor], Tensor]
-    """blocks -> steps [R, G], not yet exact; what a learned scale starts from is `LearnedScale.start`."""
+    round: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(blocks, out) -> exact steps [R, G, 1]; the codes go into `out`, float32 [R, G, C]. None: see `learned`."""
     levels: Levels = "ternary"
     """The codes that files store, a key of `export.lattice.LEVELS`."""
     largest: int = 1
@@ -60,7 +64,7 @@ class Quantizer:
     columns: int = 1
     """What the weights of a group must be a multiple of."""
     learned: LearnedScale | None = None
-    """None: the steps follow from the weights."""
+    """In the place of `round`, where the steps do not follow from the weights."""
     dead_bias: bool = False
     """Whether weights of code 0 feed a bias."""
     residual: bool = False
@@ -81,56 +85,82 @@ def blocks_of(weight: Tensor, granularity: Granularity, group: int) -> Tensor:
     return weight.reshape(shape)
 
 
-# ---------------------------------------------------------------- steps
+# ---------------------------------------------------------------- the rules
+
+# Rounding happens in every step of training. Hence few temporaries, and none of the operations that cost a CPU ten to
+# fifty times a multiplication: torch's median, argmin, aminmax, scatter, and `where` with two numbers.
 
 
-def _mean(blocks: Tensor) -> Tensor:
-    return blocks.abs().mean(-1)
+def _mean(blocks: Tensor, out: Tensor) -> Tensor:
+    """Mean magnitude."""
+    import torch
+
+    return torch.abs(blocks, out=out).mean(-1)
 
 
-def _median(blocks: Tensor) -> Tensor:
-    """The lower one of an even number."""
-    return blocks.abs().median(-1).values
+def _median(blocks: Tensor, out: Tensor) -> Tensor:
+    """Median magnitude, the lower one of an even number."""
+    import torch
+
+    torch.abs(blocks, out=out)
+    if out.device.type != "cpu":
+        return out.median(-1).values
+    values, middle = out.numpy(), (out.shape[-1] - 1) // 2
+    values.partition(middle, axis=-1)  # in place
+    return out[:, :, middle].clone()
 
 
-def _mean_of_kept(blocks: Tensor) -> Tensor:
-    """Mean magnitude of the weights beyond TWN's threshold; 0 where there is none."""
-    magnitude = blocks.abs()
-    kept = magnitude > TWN_THRESHOLD * magnitude.mean(-1, keepdim=True)
-    return (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+def _nearest(blocks: Tensor, steps: Tensor, out: Tensor) -> None:
+    import torch
+
+    torch.div(blocks, steps, out=out).round_().clamp_(-1, 1)
 
 
-def _mean_of_three(blocks: Tensor) -> Tensor:
-    """Mean magnitude of all but the smallest of every four."""
-    return (blocks * _three_of_four(blocks)).abs().sum(-1) / (0.75 * blocks.shape[-1])
-
-
-# ---------------------------------------------------------------- codes
-
-
-def _nearest(blocks: Tensor, steps: Tensor) -> Tensor:
-    return (blocks / steps).round_().clamp_(-1, 1)
-
-
-def _beyond_threshold(blocks: Tensor, steps: Tensor) -> Tensor:
-    magnitude = blocks.abs()
-    return blocks.sign() * (magnitude > TWN_THRESHOLD * magnitude.mean(-1, keepdim=True))
-
-
-def _odd(blocks: Tensor, steps: Tensor) -> Tensor:
+def _odd(blocks: Tensor, steps: Tensor, out: Tensor) -> None:
     """-3, -1, 1, 3: the middles of intervals of two steps; half to even, as ParetoQ rounds."""
-    return (blocks / (2 * steps)).sub_(0.5).round_().mul_(2).add_(1).clamp_(-3, 3)
+    import torch
+
+    torch.div(blocks, 2 * steps, out=out).sub_(0.5).round_().mul_(2).add_(1).clamp_(-3, 3)
 
 
-def _three_of_four(blocks: Tensor) -> Tensor:
-    """Signs of all but the smallest of every four neighbours; of equals, the first goes."""
-    fours = blocks.reshape(*blocks.shape[:-1], -1, 4)
-    signs = (fours >= 0).to(blocks.dtype).mul_(2).sub_(1)
-    return signs.scatter_(-1, fours.abs().argmin(-1, keepdim=True), 0).reshape(blocks.shape)
+def _absmean(blocks: Tensor, out: Tensor) -> Tensor:
+    steps = exact_scale(_mean(blocks, out))[:, :, None]
+    _nearest(blocks, steps, out)
+    return steps
 
 
-def _signs(blocks: Tensor, steps: Tensor) -> Tensor:
-    return _three_of_four(blocks)
+def _absmedian(blocks: Tensor, out: Tensor) -> Tensor:
+    steps = exact_scale(_median(blocks, out))[:, :, None]
+    _nearest(blocks, steps, out)
+    return steps
+
+
+def _beyond_threshold(blocks: Tensor, out: Tensor) -> Tensor:
+    """Signs of the weights beyond TWN's threshold; the step is their mean magnitude, 0 where there is none."""
+    import torch
+
+    magnitude = blocks.abs()
+    threshold = TWN_THRESHOLD * magnitude.mean(-1, keepdim=True)
+    kept = torch.gt(magnitude, threshold, out=magnitude)
+    torch.sign(blocks, out=out).mul_(kept)
+    count = kept.sum(-1).clamp_(min=1)
+    return exact_scale(torch.mul(blocks, out, out=kept).sum(-1) / count)[:, :, None]
+
+
+def _three_of_four(blocks: Tensor, out: Tensor) -> Tensor:
+    """Signs of all but the smallest of every four neighbours, of equals the first; the step is their mean magnitude."""
+    import torch
+
+    torch.ge(blocks, 0, out=out).mul_(2).sub_(1)
+    magnitude = blocks.abs()
+    places = magnitude.reshape(*blocks.shape[:-1], -1, 4).unbind(-1)
+    smallest = torch.minimum(torch.minimum(places[0], places[1]), torch.minimum(places[2], places[3]))
+    gone = torch.zeros_like(smallest, dtype=torch.bool)
+    for values, codes in zip(places, out.view(*blocks.shape[:-1], -1, 4).unbind(-1), strict=True):
+        kept = (values != smallest) | gone
+        codes.mul_(kept)
+        gone |= ~kept
+    return exact_scale(torch.mul(blocks, out, out=magnitude).sum(-1) / (0.75 * blocks.shape[-1]))[:, :, None]
 
 
 # ---------------------------------------------------------------- Sherry's residual
@@ -153,25 +183,21 @@ def residual_share(step: int, total_steps: int) -> float:
 # ---------------------------------------------------------------- the table
 
 QUANTIZERS: dict[str, Quantizer] = {
-    "absmean": Quantizer(paper="BitNet b1.58, arXiv 2402.17764", step=_mean, codes=_nearest),
-    "median": Quantizer(paper="BitNet b1.58 Reloaded, arXiv 2407.09527", step=_median, codes=_nearest),
-    "twn": Quantizer(paper="ternary weight networks, arXiv 1605.04711", step=_mean_of_kept, codes=_beyond_threshold),
+    "absmean": Quantizer(paper="BitNet b1.58, arXiv 2402.17764", round=_absmean),
+    "median": Quantizer(paper="BitNet b1.58 Reloaded, arXiv 2407.09527", round=_absmedian),
+    "twn": Quantizer(paper="ternary weight networks, arXiv 1605.04711", round=_beyond_threshold),
     "seq_ternary": Quantizer(
         paper="ParetoQ, arXiv 2502.02631",
-        step=_mean,
-        codes=_nearest,
-        learned=LearnedScale(step=2 / 3, start=2.30, largest=2 / 3),
+        learned=LearnedScale(codes=_nearest, step=2 / 3, start=2.30, largest=2 / 3),
     ),
     "seq_2bit": Quantizer(
         paper="ParetoQ, arXiv 2502.02631",
-        step=_mean,
-        codes=_odd,
         levels="int4",
         largest=3,
-        learned=LearnedScale(step=1 / 4, start=2.50, largest=3 / 4),
+        learned=LearnedScale(codes=_odd, step=1 / 4, start=2.50, largest=3 / 4),
     ),
-    "tequila": Quantizer(paper="Tequila, arXiv 2509.23809", step=_mean, codes=_nearest, dead_bias=True),
-    "sherry": Quantizer(paper="Sherry, arXiv 2601.07892", step=_mean_of_three, codes=_signs, columns=4, residual=True),
+    "tequila": Quantizer(paper="Tequila, arXiv 2509.23809", round=_absmean, dead_bias=True),
+    "sherry": Quantizer(paper="Sherry, arXiv 2601.07892", round=_three_of_four, columns=4, residual=True),
 }
 """By the name in `quantizer:`. All have the levels -1, 0, 1 but seq_2bit, whose -3, -1, 1, 3 no ternary format holds.
 

@@ -113,8 +113,7 @@ class TernaryLinear(FakeQuantLinear):
         """SEQ's `a`, one for every group, flat (weight decay leaves vectors alone)."""
         with torch.no_grad():
             if self.rule.learned:
-                start = self.rule.step(self._blocks()) * self.rule.learned.start
-                self.scale = nn.Parameter(start.reshape(-1).clone())
+                self.scale = nn.Parameter(self.rule.learned.first(self._blocks()).reshape(-1))
                 self._buffer("passed", torch.empty_like(self.rounded))
                 self._buffer("slope", torch.empty_like(self.rounded))
             if self.rule.dead_bias:
@@ -132,17 +131,15 @@ class TernaryLinear(FakeQuantLinear):
     def _blocks(self) -> Tensor:
         return blocks_of(self.weight.detach().float(), self.granularity, self.group)
 
-    def _steps(self, blocks: Tensor) -> Tensor:
-        """[R, G, 1], exact."""
-        if self.scale is None or self.rule.learned is None:
-            return exact_scale(self.rule.step(blocks))[:, :, None]
-        steps: Tensor = self.scale.detach() * self.rule.learned.step
-        return exact_scale(steps).reshape(*blocks.shape[:2], 1)
-
-    def round(self) -> tuple[Tensor, Tensor]:
+    def round_into(self, codes: Tensor) -> Tensor:
         blocks = self._blocks()
-        steps = self._steps(blocks)
-        return self.rule.codes(blocks, steps).reshape(self.weight.shape), steps[:, :, 0]
+        out = codes.view(blocks.shape)
+        if self.rule.round is not None:
+            return self.rule.round(blocks, out)[:, :, 0]
+        assert self.scale is not None and self.rule.learned is not None
+        steps = exact_scale(self.scale.detach() * self.rule.learned.step).reshape(*blocks.shape[:2], 1)
+        self.rule.learned.codes(blocks, steps, out)
+        return steps[:, :, 0]
 
     def lattice(self) -> LatticeTensor:
         from edgewright.export.lattice import LatticeTensor
@@ -193,12 +190,13 @@ class TernaryLinear(FakeQuantLinear):
 
     def _remember_slope(self, codes: Tensor, scales: Tensor, rule: LearnedScale) -> None:
         blocks = self._blocks()
-        ratio = blocks / (scales[:, :, None] / rule.step)  # w / a, with the `a` that the step was rounded from
-        inside = ratio.abs() < SEQ_CLIP
-        levels = codes.reshape(blocks.shape) * rule.step
-        slope = (levels - ratio * inside) * (self.strength / math.sqrt(self.weight.numel() * rule.largest))
-        self.slope.copy_(slope.reshape(self.slope.shape))
-        self.passed.copy_(inside.reshape(self.passed.shape)).mul_(self.strength).add_(1 - self.strength)
+        factor = self.strength / math.sqrt(self.weight.numel() * rule.largest)
+        slope, inside = self.slope.view(blocks.shape), self.passed.view(blocks.shape)
+        torch.div(blocks, scales[:, :, None] / rule.step, out=slope)  # w / a, with the `a` as the step was rounded
+        torch.abs(slope, out=inside).lt_(SEQ_CLIP)
+        slope.mul_(inside).mul_(-factor).add_(codes.view(blocks.shape), alpha=factor * rule.step)
+        if self.strength < 1:
+            inside.mul_(self.strength).add_(1 - self.strength)
 
     def effective_weight(self) -> Tensor:
         if self.rule.residual:

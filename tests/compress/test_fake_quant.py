@@ -62,8 +62,8 @@ def test_weights_are_rounded_once_a_step(config, monkeypatch):
     model, method = prepared(config)
     layer = layers_of(model)[0]
     calls = []
-    original = type(layer).round
-    monkeypatch.setattr(type(layer), "round", lambda self: calls.append(self) or original(self))
+    original = type(layer).round_into
+    monkeypatch.setattr(type(layer), "round_into", lambda self, codes: calls.append(self) or original(self, codes))
     loop = Loop(model, method)
     method.before_step(loop.context())  # the first step's strength and residual are new
     for micro_batches in (1, 3):

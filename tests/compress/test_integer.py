@@ -38,7 +38,8 @@ def weights() -> np.ndarray:
     subnormal = draw.standard_normal((8, 256)) * 1e-39
     halves = (np.arange(512).reshape(2, 256) % 15 - 7.5) / [[8], [64]]
     halves[0, ::32], halves[1, ::32] = -1, 127 / 64  # scales of 1/8 at 4 bits and 1/64 at 8: all others are ties
-    return np.concatenate([adversarial(16, 256), ordinary, subnormal, halves]).astype(np.float32)
+    extremes = np.round(draw.standard_normal((16, 256)) * 2) / 8  # whose largest and smallest are often one magnitude
+    return np.concatenate([adversarial(16, 256), ordinary, subnormal, halves, extremes]).astype(np.float32)
 
 
 @pytest.mark.parametrize(("rule", "block"), [

@@ -107,6 +107,32 @@ def test_sherry_leaves_out_the_smallest_of_every_four_and_nothing_else():
     assert codes[1, 0].tolist() == [0, 1, 1, -1]
 
 
+def tied(rows: int = 48, columns: int = 512) -> torch.Tensor:
+    """Weights of which many are equal, of equal magnitude, or zero of either sign."""
+    weight = (gaussian(rows, columns) * 50).round() / 50
+    weight[0], weight[1] = 0.0, -0.0
+    return weight
+
+
+@pytest.mark.parametrize("weight", [gaussian(), tied()], ids=["gaussian", "tied"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_what_is_fast_is_bit_for_bit_the_plain_definition(weight, granularity):
+    shape = {"tensor": (1, -1), "row": (48, -1), "group": (48 * 8, -1)}[granularity]
+    blocks = weight.reshape(shape)
+
+    def steps(name: str) -> torch.Tensor:
+        return layer_of(weight, name, granularity=granularity, group=64).round()[1].flatten()
+
+    assert torch.equal(steps("median"), exact_scale(blocks.abs().median(-1).values))
+    assert torch.equal(steps("absmean"), exact_scale(blocks.abs().mean(-1)))
+    fours = weight.reshape(-1, 4)
+    signs = torch.where(fours >= 0, 1.0, -1.0).scatter(-1, fours.abs().argmin(-1, keepdim=True), 0)
+    codes = layer_of(weight, "sherry", granularity=granularity, group=64).round()[0]
+    assert torch.equal(codes.reshape(-1, 4), signs)
+    kept = (blocks * signs.reshape(blocks.shape)).abs().sum(-1) / (0.75 * blocks.shape[-1])
+    assert torch.equal(steps("sherry"), exact_scale(kept))
+
+
 @every
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e30])
 def test_degenerate_rows_stay_finite_and_representable(name, value):
