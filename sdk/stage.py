@@ -28,7 +28,7 @@ from edgewright.student import (
     load_model,
     without_progress_bars,
 )
-from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, memory_decisions
+from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, free_decisions, memory_decisions
 from edgewright.vocabulary import check_same_tokens
 from edgewright.weights import check_weights, hold_weights_as, plain_state_dict
 from edgewright.world import ALONE, World
@@ -43,9 +43,19 @@ if TYPE_CHECKING:
     from edgewright.recipe import MethodConfig, Recipe, StageConfig
 
 WITHOUT_EFFECT_ON_BITS = frozenset(
-    {"logging_steps", "save_steps", "save_minutes", "keep_checkpoints", "auto_find_batch_size", "sharding"}
+    {
+        "logging_steps",
+        "save_steps",
+        "save_minutes",
+        "keep_checkpoints",
+        "sharding",
+        "auto_find_batch_size",
+        "gradient_checkpointing",
+        "offload_optimizer",
+    }
 )
-"""Training settings that may change between a run and its resumption."""
+"""Training settings that may change between a run and its resumption; `gradient_checkpointing` rounds otherwise where
+the model is compiled."""
 OF_PROCESSES = ("processes", "sharding", "threads", "compile", "micro_batch")
 """Decisions that are taken anew on another number of processes."""
 
@@ -118,7 +128,7 @@ def train_stage(
     decisions = world.shared(decisions)
     state = loaded.state if loaded else checkpoint.TrainState(decisions=decisions)
     _same_processes(state, decisions, say)
-    state.decisions = memory_decisions(settings) | state.decisions
+    state.decisions = memory_decisions(settings) | state.decisions | free_decisions(settings)
     _same_machine(state, say)
     if state.decisions["offload_optimizer"]:
         check_offload(state.decisions["device"])

@@ -159,6 +159,15 @@ def memory_decisions(settings: TrainingConfig) -> dict[str, Any]:
     }
 
 
+def free_decisions(settings: TrainingConfig) -> dict[str, Any]:
+    """Those that change no result, where the recipe fixes them: another choice may be made when a run goes on."""
+    fixed = {
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "offload_optimizer": settings.offload_optimizer,
+    }
+    return {name: value for name, value in fixed.items() if value is not None}
+
+
 def _fast_precision(device: str) -> str:
     import torch
 

@@ -51,14 +51,20 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def same(first: Path, second: Path) -> None:
+    """Losses, weights, and the random numbers that would come next."""
     assert curve(first) == curve(second)
     assert weights(first) == weights(second)
+    assert last(first).rng == last(second).rng
+
+
+def last(run: Path) -> checkpoint.Loaded:
+    newest = checkpoint.newest(run / "stages/base/checkpoints", print)
+    assert newest is not None
+    return checkpoint.load(newest)
 
 
 def decisions(run: Path) -> dict[str, Any]:
-    newest = checkpoint.newest(run / "stages/base/checkpoints", print)
-    assert newest is not None
-    return checkpoint.load(newest).state.decisions
+    return last(run).state.decisions
 
 
 def runs_out(monkeypatch: pytest.MonkeyPatch, *, above: int, after: int = 0, error: Exception | None = None) -> None:
@@ -85,8 +91,8 @@ def dies(monkeypatch: pytest.MonkeyPatch, *, at: int) -> None:
 
     def one_step(self: Trainer) -> None:
         if self.state.step == at - 1:
-            last = list(self.job.model.parameters())[1]
-            last.register_hook(lambda gradient: _die())
+            first = list(self.job.model.parameters())[1]  # whose gradient comes late
+            first.register_hook(lambda gradient: _die())
         original(self)
 
     monkeypatch.setattr(Trainer, "_one_step", one_step)
@@ -139,20 +145,19 @@ def test_a_micro_batch_that_does_not_fit_is_halved(
 def test_the_smaller_micro_batch_is_kept_when_the_run_goes_on(
     recipe: Path, in_twos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory is short from the fourth step on; a run that dies right then goes on with its decision at once."""
-    settings = (*SIX, "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1")
+    """Memory is short from the middle of the fifth step on; a run that dies in the sixth remembers its decision."""
     with monkeypatch.context() as patch:
-        runs_out(patch, above=2, after=4)
-        train(recipe, tmp_path / "whole", *settings)
+        runs_out(patch, above=1, after=9)
+        train(recipe, tmp_path / "whole", *SIX)
         (event,) = events(tmp_path / "whole", "out_of_memory")
         assert event["step"] == 4
     with monkeypatch.context() as patch:
-        runs_out(patch, above=2, after=4)
+        runs_out(patch, above=1, after=9)
         dies(patch, at=6)
         with pytest.raises(Died):
-            train(recipe, tmp_path / "died", *settings)
-    assert decisions(tmp_path / "died")["micro_batch"] == 2
-    train(recipe, tmp_path / "died", *settings)  # there is memory enough now, and still it is 2
+            train(recipe, tmp_path / "died", *SIX)
+    assert decisions(tmp_path / "died")["micro_batch"] == 1
+    train(recipe, tmp_path / "died", *SIX)  # there is memory enough now, and still it is 1
     same(tmp_path / "died", tmp_path / "whole")
     for (_, a), (_, b) in zip(curve(in_twos), curve(tmp_path / "whole"), strict=True):
         assert float.fromhex(a) == pytest.approx(float.fromhex(b), rel=1e-5)
@@ -222,18 +227,32 @@ def test_recomputed_blocks_train_the_same_model(recipe: Path, one_batch: Path, t
     same(tmp_path, one_batch)
 
 
-@pytest.mark.parametrize("setting", ["gradient_release", "gradient_checkpointing"])
+@pytest.mark.parametrize(
+    ("before", "afterwards"),
+    [
+        (["gradient_release=true"], ["gradient_release=true"]),
+        (["gradient_checkpointing=true"], ["gradient_checkpointing=true"]),
+        ([], ["gradient_checkpointing=true"]),  # what memory that ran out is answered with
+    ],
+    ids=["release", "checkpointing", "checkpointing_from_now_on"],
+)
 def test_a_run_that_dies_half_way_through_a_step_goes_on_with_the_same_bits(
-    recipe: Path, one_batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+    recipe: Path,
+    one_batch: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[str],
+    afterwards: list[str],
 ) -> None:
-    settings = (*ONE_BATCH, f"training.{setting}=true")
+    began, goes_on = ([*ONE_BATCH, *(f"training.{each}" for each in settings)] for settings in (before, afterwards))
     with monkeypatch.context() as patch:
         dies(patch, at=5)
         with pytest.raises(Died):
-            train(recipe, tmp_path, *settings)
+            train(recipe, tmp_path, *began)
     assert [step for step, _ in curve(tmp_path)] == [1, 2, 3, 4]
-    train(recipe, tmp_path, *settings)
+    train(recipe, tmp_path, *goes_on)
     same(tmp_path, one_batch)
+    assert any(decisions(tmp_path)[each.partition("=")[0]] for each in afterwards)
 
 
 def test_a_roll_back_from_a_half_done_step_is_exact(
