@@ -228,7 +228,7 @@ def run(
     """
     from edgewright.run import run
     from edgewright.training import Interrupted
-    from edgewright.world import speaks
+    from edgewright.world import several, speaks
 
     try:
         with _quiet_stdout():
@@ -237,7 +237,8 @@ def run(
         import shlex
 
         words = ["edgewright", "run", str(recipe), *(overrides or [])]
-        print(f"{stop}\n  go on with: {shlex.join(words)}", file=sys.stderr)
+        how = "go on with the same torchrun command, or on one device with" if several() else "go on with"
+        print(f"{stop}\n  {how}: {shlex.join(words)}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
     if speaks():
         _show("run", result, as_json)
