@@ -220,9 +220,9 @@ class _Checker:
     def _preview(self, stage: StageConfig) -> Preview | None:
         """What its methods would get; None when what it starts from cannot be opened.
 
-        Without any method in the recipe there is nothing to see, and torch is not imported.
+        Without any method, and with AdamW, there is nothing to see, and torch is not imported.
         """
-        if not any(other.methods for other in self.recipe.stages):
+        if not any(other.methods or other.optimizer.chooses for other in self.recipe.stages):
             return None
         from edgewright.preview import architecture, preview
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edgewright.compress.layers import CompressedLinear, skipped
 from edgewright.errors import RecipeError
 from edgewright.memory_rules import check_release
+from edgewright.method import Method
 from edgewright.student import (
     CheckpointStudentConfig,
     PresetStudentConfig,
@@ -201,8 +202,8 @@ def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Previ
     """Share the layers of a model out to the methods of a stage as training will; `model` is used up.
 
     Raises:
-        RecipeError: what `Method.check_run`, `Method.chosen`, `check_weights` and `check_release` raise; EW-704, a
-            method gets no layer.
+        RecipeError: what `Method.check_run`, `Method.chosen`, `check_weights`, `check_release` and the optimizer's
+            `check` raise; EW-704, a method gets no layer.
     """
     steps = stage.budget.steps(stage.training.tokens_per_step(recipe.data.sequence_length))
     check_weights(model, stage.training.weights, methods=[config.type for config in stage.methods])
@@ -218,6 +219,8 @@ def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Previ
         for name, linear in layers.items():
             model.set_submodule(name, Reserved(linear, config.type))
         taken.append((config, layers))
+    if all(Method.registry[config.type].keeps_names for config in stage.methods):  # else it will see other matrices
+        stage.optimizer.check(model)
     head = model.get_output_embeddings()
     alone = tuple(name for name in skipped(model) if model.get_submodule(name) is not head)
     for config, layers in taken:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,6 +16,8 @@ class OptimizerConfigBase(BaseModel, ABC):
     """The settings of an optimizer, by the name in its `type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    chooses: ClassVar[bool] = False
+    """Whether it treats some matrices of a model as others, so that there may be a model that it refuses."""
     type: str
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
@@ -36,3 +38,11 @@ class OptimizerConfigBase(BaseModel, ABC):
     def notes(self, device: str) -> tuple[str, ...]:
         """What somebody who trains with it on a device (`cpu`, `cuda`) should know."""
         return ()
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that `build` would refuse; it may be on meta.
+
+        Raises:
+            RecipeError: what `build` raises.
+        """
+        self.state_bytes(model)

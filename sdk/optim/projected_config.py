@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ Rank = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)]
 class ProjectedConfig(OptimizerConfigBase):
     """What all of them have. Matrices of the chosen roles are projected, all other parameters get AdamW."""
 
+    chooses: ClassVar[bool] = True
     learning_rate: float = Field(default=0.01, gt=0)
     """Peak learning rate, of all parameters."""
     weight_decay: float = Field(default=0.0, ge=0)

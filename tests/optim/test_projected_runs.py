@@ -80,9 +80,25 @@ def test_a_recipe_that_is_wrong_is_refused_with_its_place(section, code, found, 
 
 
 def test_a_rank_above_a_matrix_stops_the_run_before_it_trains(tmp_path):
-    recipe = recipe_with("{type: galore, rank: 65}", tmp_path)
+    """Also in a later stage, before the first one, and also in one whose weights a method represents."""
+    recipe = recipe_with(SECTIONS["apollo"], tmp_path)
+    later = """
+  - name: second
+    student: {type: stage, stage: base}
+    methods: [{type: ternary, granularity: row}]
+    optimizer: {type: galore, rank: 65}
+    budget: {max_steps: 2}
+"""
+    recipe.write_text(recipe.read_text().replace("evaluate: null", later.strip("\n") + "\nevaluate: null"))
     with pytest.raises(RecipeError, match=r"(?s)model.layers.0.self_attn.q_proj.weight.*EW-741.*65"):
         edgewright.run(recipe, f"output_dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run/stages/base/checkpoints").exists()
+
+
+def test_check_finds_a_rank_above_a_matrix(tmp_path):
+    recipe = recipe_with("{type: apollo, rank: 65}", tmp_path)
+    assert [error.code for error in edgewright.check(recipe).errors] == ["EW-741"]
+    assert edgewright.check(recipe, "stages.base.optimizer.rank=64").ok
 
 
 def test_recipes_without_an_optimizer_get_adamw(tmp_path):
