@@ -8,6 +8,11 @@ from edgewright.errors import RecipeError
 from edgewright.method import Method
 
 
+def leaves_gradients_alone(method: Method) -> bool:
+    """Whether a method never looks at the complete gradients of a step."""
+    return type(method).after_backward is Method.after_backward
+
+
 def check_release(methods: Iterable[Method]) -> None:
     """Refuse gradient_release with a method that wants a step's gradients.
 
@@ -15,7 +20,7 @@ def check_release(methods: Iterable[Method]) -> None:
         RecipeError: EW-750.
     """
     for method in methods:
-        if type(method).after_backward is not Method.after_backward:
+        if not leaves_gradients_alone(method):
             why = f"with the method {method.type}, which reads or changes the complete gradients of a step"
             raise _refused("gradient_release", why, "methods that leave gradients alone")
 

@@ -125,6 +125,8 @@ def train_stage(
     steps = stage.budget.steps(tokens_per_step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     decisions = decide(settings, parameters=parameters, tokens=steps * tokens_per_step, processes=world.size)
+    if not loaded:
+        decisions |= _within_budget(recipe, stage, model, earlier, decisions, say)
     decisions = world.shared(decisions)
     state = loaded.state if loaded else checkpoint.TrainState(decisions=decisions)
     _same_processes(state, decisions, say)
@@ -286,6 +288,25 @@ def _student(
             fix="lower data.sequence_length",
         )
     return model, origin
+
+
+def _within_budget(
+    recipe: Recipe,
+    stage: StageConfig,
+    model: PreTrainedModel,
+    earlier: dict[str, Path],
+    decisions: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What `budget.memory` changes in the decisions of a run that begins."""
+    from edgewright.budget_search import within_budget
+
+    teacher = model_of(stage.objective.teacher, earlier) if stage.objective.type == "distill" else None
+    choice = within_budget(recipe, stage, model, teacher, decisions)
+    if choice is None:
+        return {}
+    say(f"{stage.name}: {choice.text}")
+    return choice.settings
 
 
 def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:

@@ -42,9 +42,9 @@ def stage_models(recipe: Recipe, vocab_size: int) -> Iterator[tuple[StageConfig,
         teacher = None
         if stage.objective.type == "distill":
             config = stage.objective.teacher
-            teacher = copy.deepcopy(left[config.stage]) if config.type == "stage" else _stored(config.model)
+            teacher = copy.deepcopy(left[config.stage]) if config.type == "stage" else stored(config.model)
         if stage.student.type == "checkpoint":
-            student = _stored(stage.student.model)
+            student = stored(stage.student.model)
         else:
             student = architecture(recipe, stage, vocab_size, left)
         notes = [note for model in (student, teacher) if model is not None for note in _dense(model)]
@@ -77,7 +77,8 @@ def _on(device: Device, precision: str) -> dict[str, Any]:
     return {"device": device.kind, "precision": chosen, "compile": False}
 
 
-def _stored(directory: Path) -> PreTrainedModel:
+def stored(directory: Path) -> PreTrainedModel:
+    """The model of a directory on meta, with the attention that training gives it."""
     model = stored_architecture(directory)
     if model.config.model_type in WITHOUT_SDPA:
         model.set_attn_implementation("eager")
