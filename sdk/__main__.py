@@ -1,5 +1,6 @@
-"""`python -m edgewright`, the same as `edgewright`; `torchrun -m edgewright` needs it."""
+"""`python -m edgewright` is `edgewright`; `torchrun -m edgewright` needs it."""
 
 from edgewright.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

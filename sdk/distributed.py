@@ -165,9 +165,10 @@ class Processes(World):
         if not others and not any(words in str(error) for words in LOST):
             return error
         why = self.left(others[0]) if others else None
+        who = f"process {others[0]} of the {self.size}" if others else f"one of the {self.size} processes"
         return OutOfResources(
             "EW-773",
-            f"process {others[0] if others else 'another'} of the {self.size} of this run stopped",
+            f"{who} of this run stopped",
             found=why["what"] if why else "it was ended from outside, or ran out of memory",
             fix="the same command goes on from the last checkpoint; what that process printed says more",
         )
@@ -186,13 +187,15 @@ def connected() -> Iterator[World]:
     """The processes of this run, connected; inside it an error of one ends all of them.
 
     Raises:
-        OutOfResources: EW-773, another process stopped. SystemExit: in all but the main process, which says why.
+        OutOfResources: EW-773, another process stopped. RecipeError: EW-775, there are more processes than GPUs here.
+        SystemExit: in all but the main process, which says why.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_device(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    store = dist.PrefixStore(f"edgewright/{next(_runs)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun may start all again, with the same store
+    store = dist.PrefixStore(f"edgewright/{attempt}/{next(_runs)}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=dist.PrefixStore("group", store),
@@ -208,6 +211,20 @@ def connected() -> Iterator[World]:
         world.leave(error)
     finally:
         dist.destroy_process_group()
+
+
+def _take_device(number: int) -> None:
+    """Each process of a machine has a GPU of its own."""
+    there = torch.cuda.device_count()
+    if number >= there:
+        raise RecipeError(
+            "EW-775",
+            "there are more processes on this machine than GPUs",
+            expected=f"at most {there}",
+            found=f"a process of number {number}, counted from 0",
+            fix=f"torchrun --nproc-per-node {there}",
+        )
+    torch.cuda.set_device(number)
 
 
 class Copied(Replica):
