@@ -90,7 +90,9 @@ def _dense(model: PreTrainedModel) -> Iterator[str]:
     reserved = [(name, module) for name, module in model.named_modules() if isinstance(module, Reserved)]
     for name, module in reserved:
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = module.weight, module.bias
+        linear.weight = module.weight
+        if module.bias is not None:
+            linear.bias = module.bias
         model.set_submodule(name, linear)
     if reserved:
         yield f"{len(reserved)} layers that an earlier stage leaves as factors are counted as whole matrices"

@@ -139,8 +139,8 @@ def _cuda_here() -> Device | None:
         name=properties.name,
         kind="cuda",
         memory=properties.total_memory,
-        bf16=known and known.bf16,
-        fp32=known and known.fp32,
-        bandwidth=known and known.bandwidth,
+        bf16=None if known is None else known.bf16,
+        fp32=None if known is None else known.fp32,
+        bandwidth=None if known is None else known.bandwidth,
         here=True,
     )

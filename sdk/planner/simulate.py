@@ -104,7 +104,7 @@ def simulate(case: Case) -> Step:
             student = _weightless(case.student)
             check_weights(student, case.decisions["weights"], methods=[config.type for config in case.stage.methods])
             hold_weights_as(student, case.decisions["weights"])
-            methods = [config.build() for config in case.stage.methods]
+            methods: list[Method] = [config.build() for config in case.stage.methods]
             if case.decisions["gradient_release"]:
                 check_release(methods)
             for method in methods:
