@@ -242,7 +242,7 @@ class Copied(Replica):
         return nullcontext() if last else self._parallel.no_sync()
 
 
-def _buffers_alone() -> dict[str, bool]:
+def _buffers_alone() -> dict[str, Any]:
     """Buffers are not exchanged: they follow from the weights, alike everywhere. torch 2.13 renamed the setting."""
     known = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
