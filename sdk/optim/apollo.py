@@ -23,6 +23,7 @@ from torch import Tensor
 
 from edgewright.optim.projected import Matrix, Params, ProjectedOptimizer, channel_norms, limit_growth
 from edgewright.optim.projection import Group
+from edgewright.optim.sharding import whole
 
 EPS = 1e-8
 """Added to the norm that is divided by."""
@@ -32,20 +33,30 @@ class _GradientScaling(ProjectedOptimizer):
     """The gradient itself, scaled by what Adam does to its projection."""
 
     @abstractmethod
-    def _norms(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """What the scaling is a ratio of: broadcasts to `shape`."""
+    def _norms(self, tensors: list[Tensor], batch: list[Matrix]) -> list[Tensor]:
+        """What the scaling is a ratio of, of one tensor for each matrix; it broadcasts to the matrix's shape."""
 
-    def _update(self, matrix: Matrix) -> None:
-        group, shape = matrix.group, matrix.weight.shape
-        factor = self._norms(matrix.direction, shape) / (self._norms(matrix.low, shape) + EPS)
+    def _prepare(self, batch: list[Matrix]) -> None:
+        """The factor between gradient and update, of all matrices."""
+        group = batch[0].group
         alpha = math.sqrt(group["scale"])
-        if group["scale_front"]:
-            factor *= alpha
+        before, after = (alpha, 1.0) if group["scale_front"] else (1.0, alpha)
+        factors = self._norms([matrix.direction for matrix in batch], batch)
+        lows = self._norms([matrix.low for matrix in batch], batch)
+        torch._foreach_add_(lows, EPS)
+        torch._foreach_div_(factors, lows)
+        torch._foreach_mul_(factors, before)
         if group["limiter"] is not None:
-            norm = torch.linalg.vector_norm(factor * self._norms(matrix.gradient, shape))
-            factor *= limit_growth(norm, matrix.state, group["limiter"])
-        factor *= matrix.rate * (1.0 if group["scale_front"] else alpha)
-        matrix.weight.addcmul_(matrix.gradient, factor, value=-1)
+            gradients = self._norms([matrix.gradient for matrix in batch], batch)
+            norms = list(torch._foreach_norm(torch._foreach_mul(gradients, factors)))
+            limits = limit_growth(norms, [matrix.state for matrix in batch], group["limiter"])
+            factors = [factor * limit for factor, limit in zip(factors, limits, strict=True)]
+        torch._foreach_mul_(factors, [after * matrix.rate for matrix in batch])
+        for matrix, factor in zip(batch, factors, strict=True):
+            matrix.factor = factor
+
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
+        weight.addcmul_(matrix.gradient.to(weight.dtype), matrix.factor, value=-1)
 
     def _extra_bytes(self, shape: torch.Size, group: Group) -> int:
         return 0 if group["limiter"] is None else 4
@@ -110,8 +121,11 @@ class Apollo(_GradientScaling):
         }
         super().__init__(params, defaults, seed=seed, keep_projections=keep_projections)
 
-    def _norms(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        return channel_norms(matrix, shape)
+    def _norms(self, tensors: list[Tensor], batch: list[Matrix]) -> list[Tensor]:
+        return [
+            channel_norms(tensor, matrix.parameter.shape, matrix.low.dtype)
+            for tensor, matrix in zip(tensors, batch, strict=True)
+        ]
 
 
 class ApolloMini(_GradientScaling):
@@ -155,5 +169,5 @@ class ApolloMini(_GradientScaling):
         }
         super().__init__(params, defaults, seed=seed, keep_projections=keep_projections)
 
-    def _norms(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        return torch.linalg.vector_norm(matrix)
+    def _norms(self, tensors: list[Tensor], batch: list[Matrix]) -> list[Tensor]:
+        return [whole(norm) for norm in torch._foreach_norm(tensors, 2, batch[0].low.dtype)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from edgewright.optim.projected import Matrix, Params, ProjectedOptimizer, channel_norms, limit_growth
 from edgewright.optim.projection import Group, add_projected_back
@@ -72,18 +73,18 @@ class Fira(ProjectedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _update(self, matrix: Matrix) -> None:
-        group, shape = matrix.group, matrix.weight.shape
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
+        group, shape = matrix.group, weight.shape
         alpha = group["scale"]
         taken, given = (alpha, 1.0) if group["released"] else (1.0, alpha)
-        residual = matrix.gradient.clone()
+        residual = matrix.gradient.to(weight.dtype, copy=True)
         add_projected_back(residual, matrix.low, matrix.projection, -taken)
         residual *= channel_norms(matrix.direction, shape) / (channel_norms(matrix.low, shape) + EPS)
         if group["limiter"] is not None:
-            norm = torch.linalg.vector_norm(residual)
-            residual *= limit_growth(norm, matrix.state, group["limiter"])
-        matrix.weight.add_(residual, alpha=-matrix.rate * given)
-        add_projected_back(matrix.weight, matrix.direction, matrix.projection, -matrix.rate * alpha)
+            (limit,) = limit_growth([torch.linalg.vector_norm(residual)], [matrix.state], group["limiter"])
+            residual *= limit
+        weight.add_(residual, alpha=-matrix.rate * given)
+        add_projected_back(weight, matrix.direction, matrix.projection, -matrix.rate * alpha)
 
     def _extra_bytes(self, shape: torch.Size, group: Group) -> int:
         return 0 if group["limiter"] is None else 4

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from torch import Tensor
+
 from edgewright.optim.projected import Matrix, Params, ProjectedOptimizer
 from edgewright.optim.projection import add_projected_back
 
@@ -60,6 +62,6 @@ class GaLore(ProjectedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _update(self, matrix: Matrix) -> None:
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
         factor = -matrix.rate * matrix.group["scale"]
-        add_projected_back(matrix.weight, matrix.direction, matrix.projection, factor)
+        add_projected_back(weight, matrix.direction, matrix.projection, factor)

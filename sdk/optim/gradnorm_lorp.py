@@ -23,6 +23,7 @@ from torch import Tensor
 
 from edgewright.optim.projected import Matrix, Params, ProjectedOptimizer
 from edgewright.optim.projection import Group, State, add_projected_back
+from edgewright.optim.sharding import matching
 from edgewright.optim.weights import readable
 
 TINY = 1e-30
@@ -81,8 +82,8 @@ class GradNormLoRP(ProjectedOptimizer):
         unit = _unit(weight, magnitude)
         return weight_norm_gradients(parameter.grad.to(weight.dtype), magnitude, unit, length)[1]
 
-    def _update(self, matrix: Matrix) -> None:
-        weight, group, state = matrix.weight, matrix.group, matrix.state
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
+        group, state = matrix.group, matrix.state
         assert matrix.parameter.grad is not None
         magnitude, length = _polar(weight, state)
         unit = _unit(weight, magnitude)
@@ -123,7 +124,8 @@ def _polar(weight: Tensor, state: State) -> tuple[Tensor, Tensor]:
     size = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
     if "length" not in state:
         return size, size
-    return torch.where(state["magnitude"] < 0, -size, size), state["length"]
+    negative = matching(state["magnitude"], size) < 0
+    return torch.where(negative, -size, size), matching(state["length"], size)
 
 
 def _unit(rows: Tensor, length: Tensor) -> Tensor:
@@ -137,6 +139,7 @@ def _magnitude_direction(gradient: Tensor, state: State, group: Group) -> Tensor
     for key in ("magnitude_exp_avg", "magnitude_exp_avg_sq"):
         if key not in state:
             state[key] = torch.zeros_like(gradient)
+        state[key] = matching(state[key], gradient)
     first = state["magnitude_exp_avg"].lerp_(gradient, 1 - beta1)
     second = state["magnitude_exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     return first / second.sqrt().add_(group["eps"])

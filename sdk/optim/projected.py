@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ from edgewright.optim.projection import (
     rank_of,
     tensor_cores,
 )
+from edgewright.optim.sharding import as_distributed, as_part, local, matching, whole
 from edgewright.optim.state import ResettableOptimizer, is_count, on_device
-from edgewright.optim.storage import moment_storage
+from edgewright.optim.storage import MomentStorage, moment_storage
 from edgewright.optim.weights import readable, write_back
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -50,11 +51,9 @@ LATER = 1e9
 
 @dataclass(slots=True, kw_only=True)
 class Matrix:
-    """A weight in one step."""
+    """A projected parameter in one step."""
 
     parameter: Tensor
-    weight: Tensor
-    """Its values, [m, n], changed in place; float32, unless the parameter is float64."""
     gradient: Tensor
     """What was projected, [m, n]."""
     projection: Tensor
@@ -66,6 +65,8 @@ class Matrix:
     group: Group
     rate: float
     """Learning rate times bias correction."""
+    factor: Tensor = field(init=False)
+    """Whatever `_prepare` makes of the above for `_update`."""
 
 
 class ProjectedOptimizer(ResettableOptimizer):
@@ -176,8 +177,14 @@ class ProjectedOptimizer(ResettableOptimizer):
         )
 
     @abstractmethod
-    def _update(self, matrix: Matrix) -> None:
-        """Change `matrix.weight` by -rate * U, in place, and keep what the next step needs in the state."""
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
+        """Change the weight, [m, n] in float32 (or float64), by -rate * U in place, and keep what the next step needs.
+
+        Called for one matrix after the other, so that only one weight of a narrower type is wide at a time.
+        """
+
+    def _prepare(self, batch: list[Matrix]) -> None:  # noqa: B027 - an optional hook
+        """What can be computed of many matrices by few kernels, before their weights are changed."""
 
     def _gradient(self, parameter: Tensor, group: Group) -> Tensor:
         """What is projected: G itself, unless an optimizer projects something made of it."""
@@ -206,37 +213,38 @@ class ProjectedOptimizer(ResettableOptimizer):
                 lows.append(_computable(project(gradient, projection)))
             projections.append(projection)
         directions = self._directions(parameters, lows, group)
-        for parameter, gradient, projection, low, direction in zip(
-            parameters, gradients, projections, lows, directions, strict=True
-        ):
+        batch = []
+        for number, parameter in enumerate(parameters):
             state = self.state[parameter]
-            weight = readable(parameter)
-            rate = group["lr"] * _bias_correction(_tick(state), group)
-            self._update(
+            batch.append(
                 Matrix(
                     parameter=parameter,
-                    weight=weight,
-                    gradient=gradient.to(weight.dtype),
-                    projection=projection.to(weight.dtype),
-                    low=low,
-                    direction=direction,
+                    gradient=gradients[number],
+                    projection=projections[number],
+                    low=lows[number],
+                    direction=directions[number],
                     state=state,
                     group=group,
-                    rate=rate,
+                    rate=group["lr"] * _bias_correction(_tick(state), group),
                 )
             )
+        self._prepare(batch)
+        for matrix in batch:
+            weight = readable(matrix.parameter)
+            self._update(matrix, weight)
             _decay(weight, group)
-            write_back(parameter, weight)
+            write_back(matrix.parameter, weight)
 
     def _adamw(self, parameters: list[Tensor], group: Group) -> None:
         fast = group["states"] == "fp32"
-        by_step: dict[int, list[Tensor]] = {}
+        alike: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in parameters:
             if fast and readable(parameter) is parameter:
-                by_step.setdefault(int(self.state[parameter].get("step", 0)), []).append(parameter)
+                done = int(self.state[parameter].get("step", 0))
+                alike.setdefault((done, parameter.device, parameter.dtype), []).append(parameter)
             else:
                 self._adamw_of_one(parameter, group)
-        for done, together in by_step.items():
+        for (done, _, _), together in alike.items():
             rate = group["lr"] * _bias_correction(done + 1, group)
             gradients = [parameter.grad for parameter in together if parameter.grad is not None]
             self._fused(together, together, gradients, group, rate)
@@ -255,7 +263,8 @@ class ProjectedOptimizer(ResettableOptimizer):
 
     def _directions(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
         """D for each gradient (projected or not), after its moments were updated."""
-        directions = [torch.zeros_like(gradient) for gradient in gradients]
+        directions = [torch.empty_like(gradient) for gradient in gradients]
+        torch._foreach_zero_(directions)
         self._fused(parameters, directions, gradients, group, -1.0)
         return directions
 
@@ -265,14 +274,12 @@ class ProjectedOptimizer(ResettableOptimizer):
         """Update the moments, and `targets` by -rate * D, in one kernel: torch's fused AdamW, without corrections."""
         if not targets:
             return
-        storages = {key: moment_storage(group["states"], signed=signed) for key, signed in MOMENTS}
         states = [self.state[parameter] for parameter in parameters]
-        for state, gradient in zip(states, gradients, strict=True):
-            if "step" not in state:
-                for key, storage in storages.items():
-                    storage.write(state, key, torch.zeros_like(gradient))
-        moments = {key: [storage.read(state, key) for state in states] for key, storage in storages.items()}
-        later = torch.tensor(LATER, device=targets[0].device)
+        moments = {
+            key: [_moment(state, key, gradient, group) for state, gradient in zip(states, gradients, strict=True)]
+            for key, _ in MOMENTS
+        }
+        later = torch.full((), LATER, device=targets[0].device)
         torch._fused_adamw_(
             targets,
             gradients,
@@ -288,29 +295,44 @@ class ProjectedOptimizer(ResettableOptimizer):
             amsgrad=False,
             maximize=False,
         )
-        for key, storage in storages.items():
+        for key, signed in MOMENTS:
+            storage = moment_storage(group["states"], signed=signed)
             for state, moment in zip(states, moments[key], strict=True):
-                storage.write(state, key, moment)
+                _keep(storage, state, key, moment)
 
 
-def channel_norms(matrix: Tensor, shape: torch.Size) -> Tensor:
+def channel_norms(matrix: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
     """Of each channel of a matrix, of the weight's shape or projected: [m, 1], or [1, n]."""
-    return torch.linalg.vector_norm(matrix, dim=1 if compresses_right(shape) else 0, keepdim=True)
+    return torch.linalg.vector_norm(matrix, dim=1 if compresses_right(shape) else 0, keepdim=True, dtype=dtype)
 
 
-def limit_growth(norm: Tensor, state: State, limit: float) -> Tensor:
-    """The factor, at most 1, that keeps the norm of an update from growing by more than `limit` from step to step.
+def limit_growth(norms: list[Tensor], states: list[State], limit: float) -> list[Tensor]:
+    """The factors, at most 1, that keep the norm of each update from growing by more than `limit` from step to step.
 
-    Fira's norm-growth limiter (arXiv 2410.01623). The state keeps the norm that is left. An update of norm 0 leaves
+    Fira's norm-growth limiter (arXiv 2410.01623). Each state keeps the norm that is left. An update of norm 0 leaves
     none: the public code would let the next ones grow from nothing, by a hundredth a step.
     """
-    previous = state.get("norm")
-    if previous is None:
-        previous = torch.full_like(norm, math.inf)
+    norm = torch.stack([whole(each) for each in norms])
+    unlimited = torch.full((), math.inf, dtype=norm.dtype, device=norm.device)
+    previous = torch.stack([state.get("norm", unlimited) for state in states])
     factor = limit / torch.clamp(norm / (previous + 1e-8), min=limit)
     left = norm * factor
-    state["norm"] = torch.where(left > 0, left, math.inf)
-    return factor
+    for state, kept in zip(states, torch.where(left > 0, left, unlimited), strict=True):
+        state["norm"] = kept.clone()  # what shares memory cannot be saved
+    return list(factor)
+
+
+def _moment(state: State, key: str, gradient: Tensor, group: Group) -> Tensor:
+    """A moment in full precision, of the gradient's shape and cut up as that is; zeros at first."""
+    if "step" not in state:
+        return torch.zeros_like(gradient)
+    return matching(moment_storage(group["states"], signed=dict(MOMENTS)[key]).read(state, key), gradient)
+
+
+def _keep(storage: MomentStorage, state: State, key: str, moment: Tensor) -> None:
+    """Write a moment; of one that is cut up, each process its part."""
+    storage.write(state, key, local(moment))
+    state[key] = as_part(state[key], moment)
 
 
 def _computable(tensor: Tensor) -> Tensor:
@@ -335,12 +357,13 @@ def _decay(weight: Tensor, group: Group) -> None:
 
 
 def _batches(parameters: list[Tensor], rank: int | float) -> Iterator[list[Tensor]]:
-    """Runs of parameters whose low-rank gradients have `BATCH` values together, or one that alone has more."""
+    """Runs of parameters of a kind whose low-rank gradients have `BATCH` values together, or one that has more."""
     batch: list[Tensor] = []
     size = 0
     for parameter in parameters:
         values = math.prod(projected_shape(parameter.shape, rank))
-        if batch and size + values > BATCH:
+        unlike = batch and (batch[-1].device, batch[-1].dtype) != (parameter.device, parameter.dtype)
+        if unlike or (batch and size + values > BATCH):
             yield batch
             batch, size = [], 0
         batch.append(parameter)
@@ -385,10 +408,19 @@ def _check(options: dict[str, Any]) -> None:
 def _check_group(group: Group) -> None:
     _check(group)
     rank = group["rank"]
-    if rank is None:
-        return
     names = group.get("param_names", [f"parameter {number}" for number in range(len(group["params"]))])
     for name, parameter in zip(names, group["params"], strict=True):
+        if group["states"] == "int8" and as_distributed(parameter) is not None:
+            raise RecipeError(
+                "EW-743",
+                "states of eight bits cannot be cut up among processes: their blocks run over the borders",
+                where=name,
+                expected="states: fp32 or bf16",
+                found="states: int8",
+                fix="change `states`, or let each process have the whole model",
+            )
+        if rank is None:
+            continue
         if parameter.ndim != 2 or rank_of(rank, parameter.shape) > min(parameter.shape):
             raise RecipeError(
                 "EW-741",

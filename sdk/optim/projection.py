@@ -14,13 +14,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from edgewright.optim.sharding import replicated, summed
 
 State = dict[str, Tensor]
 """Of one parameter: tensors alone, so that they can be saved as they are."""
@@ -57,7 +56,7 @@ def project(gradient: Tensor, projection: Tensor) -> Tensor:
     """R, [m, r] or [r, n], of the gradient [m, n]."""
     if compresses_right(gradient.shape):
         return gradient @ projection.T
-    return replicated_sum(projection.T @ gradient)
+    return summed(projection.T @ gradient)
 
 
 def project_back(low: Tensor, projection: Tensor, shape: torch.Size) -> Tensor:
@@ -67,6 +66,7 @@ def project_back(low: Tensor, projection: Tensor, shape: torch.Size) -> Tensor:
 
 def add_projected_back(target: Tensor, low: Tensor, projection: Tensor, factor: float) -> None:
     """`target` [m, n] += factor * (R back in the full space), without a tensor of that size besides."""
+    projection = projection.to(target.dtype)
     left, right = (low, projection) if compresses_right(target.shape) else (projection, low)
     target.addmm_(left, right, alpha=factor)
 
@@ -143,7 +143,7 @@ class RandomProjector(Projector):
         if kept is not None and kept[0] == seed:
             return kept[1]
         drawn = random_projection(gradient.shape, group["rank"], seed).to(gradient.dtype)
-        placed = placed_like(drawn, gradient)
+        placed = replicated(drawn, gradient)
         if self.keep:
             self._kept[parameter] = (seed, placed)
         return placed
@@ -166,40 +166,10 @@ class SvdProjector(Projector):
         if refresh_due(state, group):
             exact = svd_projection(gradient, group["rank"])
             state["projection"] = exact if group["states"] == "fp32" else exact.bfloat16()
-        return state["projection"].to(gradient.dtype)
+        return replicated(state["projection"].to(gradient.dtype), gradient)
 
     def nbytes(self, shape: torch.Size, group: Group) -> int:
         return math.prod(projection_shape(shape, group["rank"])) * (4 if group["states"] == "fp32" else 2)
-
-
-def as_distributed(tensor: Tensor) -> DTensor | None:
-    """The tensor itself if it is cut up among processes. What tells is not loaded where there is a single process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return tensor if isinstance(tensor, DTensor) else None
-
-
-def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A tensor that is the same in every process, on the device of `other`; whole on each where that is cut up."""
-    cut = as_distributed(other)
-    if cut is None:
-        return tensor.to(other.device)
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = cut.device_mesh
-    return DTensor.from_local(tensor.to(other.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def replicated_sum(tensor: Tensor) -> Tensor:
-    """The sum over the processes where a product of matrices that are cut up is still in parts."""
-    cut = as_distributed(tensor)
-    if cut is None:
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    return cut.redistribute(placements=[Replicate()] * cut.device_mesh.ndim)
 
 
 @contextmanager

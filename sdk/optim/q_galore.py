@@ -89,9 +89,9 @@ class QGaLore(ProjectedOptimizer):
     def _new_projectors(self) -> dict[str, Projector]:
         return {"lazy_svd": LazySvdProjector()}
 
-    def _update(self, matrix: Matrix) -> None:
+    def _update(self, matrix: Matrix, weight: Tensor) -> None:
         factor = -matrix.rate * matrix.group["scale"]
-        add_projected_back(matrix.weight, matrix.direction, matrix.projection, factor)
+        add_projected_back(weight, matrix.direction, matrix.projection, factor)
 
 
 class LazySvdProjector(Projector):
