@@ -71,13 +71,10 @@ def search(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _extreme(blocks: Tensor) -> Tensor:
     """The value of largest magnitude, with its sign; of equals the first."""
-    smallest, largest = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    extreme = torch.where(largest > -smallest, largest, smallest)
-    equal = (largest == -smallest)[:, :, 0]
-    if equal.any():
-        blocks = blocks[equal]
-        extreme[equal] = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    return extreme
+    magnitude, columns = blocks.abs(), blocks.shape[-1]
+    falling = torch.arange(columns, 0, -1, dtype=magnitude.dtype, device=magnitude.device)
+    first = magnitude.eq_(magnitude.amax(-1, keepdim=True)).mul_(falling).amax(-1, keepdim=True)  # argmax is slow
+    return blocks.gather(-1, (columns - first).clamp_(max=columns - 1).long())
 
 
 def _inverse_or_zero(scales: Tensor) -> Tensor:

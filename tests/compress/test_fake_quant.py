@@ -79,6 +79,20 @@ def test_weights_are_rounded_once_a_step(config, monkeypatch):
         assert len([one for one in calls if one is layer]) == 1
 
 
+@every
+def test_a_step_can_be_simulated_without_memory(config):
+    """No rule looks at values to decide what to do, which a GPU would have to wait for, too."""
+    with torch.device("meta"):
+        model = small_model()
+    method = config.build()
+    method.prepare(model)
+    loop = Loop(model, method)
+    method.before_step(loop.context())
+    model(input_ids=tokens().to("meta"), attention_mask=None).logits.sum().backward()
+    method.after_step(loop.context())
+    assert layers_of(model)[0].weight.grad.is_meta
+
+
 def test_a_weight_that_changes_behind_its_back_is_seen():
     layer = TernaryLinear(nn.Linear(256, 8))
     x = torch.randn(2, 256)
