@@ -56,7 +56,7 @@ WITHOUT_EFFECT_ON_BITS = frozenset(
 )
 """Training settings that may change between a run and its resumption; `gradient_checkpointing` rounds otherwise where
 the model is compiled."""
-OF_PROCESSES = ("processes", "sharding", "threads", "compile", "micro_batch")
+OF_PROCESSES = ("processes", "sharding", "threads", "compile", "micro_batch", "gradient_release", "offload_optimizer")
 """Decisions that are taken anew on another number of processes."""
 
 
