@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgewright.planner.cases import StageModels
     from edgewright.planner.devices import Device
     from edgewright.planner.memory import Memory
+    from edgewright.planner.probe import Probe
     from edgewright.planner.simulate import Step
     from edgewright.planner.timing import Time
     from edgewright.recipe import Recipe, StageConfig
@@ -52,6 +53,8 @@ class StagePlan:
     decisions: dict[str, object]
     fits: bool
     notes: tuple[str, ...]
+    probed_memory: int | None = None
+    """Bytes at the peak of the probe's steps, above its baseline; None without one."""
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -63,6 +66,7 @@ class StagePlan:
             "flops": self.step.flops * self.steps,
             **self.time.to_json(),
             "decisions": self.decisions,
+            "probed_memory": self.probed_memory,
             "fits": self.fits,
             "notes": list(self.notes),
         }
@@ -139,6 +143,7 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
     from edgewright.planner.cases import stage_models
     from edgewright.planner.devices import find_device
     from edgewright.planner.disk import disk
+    from edgewright.planner.probe import probe as run_probe
     from edgewright.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -148,7 +153,12 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
         raise CheckFailed(errors)
     vocab_size = _vocabulary(loaded)
     models = {stage.name: found for stage, found in stage_models(loaded, vocab_size)}
-    stages = tuple(_stage(loaded, stage, models[stage.name], place) for stage in loaded.stages)
+    probes = {
+        stage.name: run_probe(Path(recipe), overrides, stage.name, vocab_size)
+        for stage in loaded.stages
+        if probe and place.here and _can_be_probed(stage)
+    }
+    stages = tuple(_stage(loaded, stage, models[stage.name], place, probes.get(stage.name)) for stage in loaded.stages)
     largest = max(stages, key=lambda stage: stage.memory.total)
     config = loaded.stage(largest.name)
     assert config is not None
@@ -163,24 +173,32 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
     )
 
 
-def _stage(recipe: Recipe, stage: StageConfig, models: StageModels, device: Device) -> StagePlan:
+def _can_be_probed(stage: StageConfig) -> bool:
+    """Whether there is a teacher, where one is needed."""
+    return stage.objective.type != "distill" or stage.objective.teacher.type == "checkpoint"
+
+
+def _stage(recipe: Recipe, stage: StageConfig, models: StageModels, device: Device, probed: Probe | None) -> StagePlan:
     from edgewright.planner.cases import case
     from edgewright.planner.memory import predict
-    from edgewright.planner.timing import from_table
+    from edgewright.planner.timing import from_probe, from_table
 
     here = case(stage, models, recipe, device)
     memory, step = predict(here, device)
     limit = min(size for size in (device.memory, stage.budget.memory, sys.maxsize) if size is not None)
+    timed = probed is not None and probed.problem is None
+    notes = models.notes if probed is None or probed.problem is None else (*models.notes, probed.problem)
     return StagePlan(
         name=stage.name,
         parameters=step.parameters,
         steps=stage.budget.steps(stage.training.tokens_per_step(recipe.data.sequence_length)),
         memory=memory,
         step=step,
-        time=from_table(here, step, device),
+        time=from_probe(here, probed.seconds, probed.once) if probed and timed else from_table(here, step, device),
+        probed_memory=probed.memory if probed and timed else None,
         decisions=here.decisions,
         fits=memory.total <= limit,
-        notes=models.notes,
+        notes=notes,
     )
 
 

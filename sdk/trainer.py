@@ -146,6 +146,13 @@ class Trainer:
         self.save()
         return self.state
 
+    def rehearse(self) -> float:
+        """One step without evaluation or checkpoint; its seconds, for the planner."""
+        self.job.model.train()
+        before = self.state.seconds
+        self._one_step()
+        return self.state.seconds - before
+
     def _one_step(self) -> None:
         state = self.state
         while state.position in state.skipped:
