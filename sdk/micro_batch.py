@@ -7,6 +7,8 @@ it ends the process instead; `budget.memory` keeps away from that.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,47 @@ def give_back(*, compiled: bool) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def limit_allocator(memory: int | None) -> None:
+    """Let torch's allocator on the GPU take no more than a budget, so that what was planned too low is noticed.
+
+    On a CPU there is nothing to limit it by, and the plan alone keeps to the budget.
+
+    Args:
+        memory: bytes, with what the CUDA context takes; None: all that the GPU has.
+    """
+    from edgewright.planner.devices import CUDA_CONTEXT
+
+    if not torch.cuda.is_available():
+        return
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    share = 1.0 if memory is None else min(1.0, max(0, memory - CUDA_CONTEXT) / total)
+    torch.cuda.set_per_process_memory_fraction(share)
+
+
+@contextmanager
+def memory_errors(stage: str) -> Iterator[None]:
+    """Around all of a stage: memory that runs out elsewhere than in a micro-batch is an error that says so, too.
+
+    Raises:
+        OutOfResources: EW-751.
+    """
+    try:
+        yield
+        return
+    except (MemoryError, RuntimeError) as error:
+        what = shortage(error)
+        if what is None:
+            raise
+    raise OutOfResources(
+        "EW-751",
+        f"memory ran out in stage {stage}, where a smaller micro-batch does not help",
+        expected="room for the model, the optimizer's state, and the teacher where there is one",
+        found=what,
+        fix="an optimizer with a smaller state, training.offload_optimizer on a GPU, training.weights: bf16, or a "
+        "smaller model or teacher; edgewright plan says what each of them saves",
+    )
 
 
 def no_memory_left(what: str, decisions: dict[str, Any], why_no_smaller: str | None = None) -> OutOfResources:

@@ -104,6 +104,7 @@ class _Run:
 
     def finish(self, stop: Any) -> RunResult:
         from edgewright.data import prepare_data
+        from edgewright.micro_batch import memory_errors
         from edgewright.stage import StageResult, train_stage
 
         corpus = self.world.main_first(lambda: prepare_data(self.recipe.data, self.directory / "data", say=self.say))
@@ -112,9 +113,10 @@ class _Run:
         for stage in self.recipe.stages:
             models = {name: result.model for name, result in stages.items()}
             folder = self.directory / "stages" / stage.name
-            stages[stage.name] = train_stage(
-                self.recipe, stage, corpus, folder, models, say=self.say, stop=stop, world=self.world
-            )
+            with memory_errors(stage.name):
+                stages[stage.name] = train_stage(
+                    self.recipe, stage, corpus, folder, models, say=self.say, stop=stop, world=self.world
+                )
         self.world.main_only(lambda: self._conclude(corpus, stages))
         results = json.loads((self.directory / "results.json").read_text(encoding="utf-8"))
         return RunResult(directory=self.directory, report=self.directory / "report.html", results=results)

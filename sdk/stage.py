@@ -19,6 +19,7 @@ from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
 from edgewright.memory_rules import check_offload, check_release
 from edgewright.method import by_key
 from edgewright.metrics import Metrics
+from edgewright.micro_batch import limit_allocator
 from edgewright.student import (
     CheckpointStudentConfig,
     PresetStudentConfig,
@@ -134,6 +135,7 @@ def train_stage(
     _same_machine(state, say)
     if state.decisions["offload_optimizer"]:
         check_offload(state.decisions["device"])
+    limit_allocator(stage.budget.memory)
     torch.manual_seed(recipe.seed)
     check_weights(model, state.decisions["weights"], methods=[config.type for config in stage.methods])
     stored = hold_weights_as(model, state.decisions["weights"])  # before the device sees them, which may be too small

@@ -15,6 +15,7 @@ import torch
 import edgewright
 from edgewright import checkpoint
 from edgewright.errors import OutOfResources, RecipeErrors
+from edgewright.micro_batch import limit_allocator
 from edgewright.objective import NextToken
 from edgewright.recipe import load_recipe
 from edgewright.trainer import Trainer
@@ -192,6 +193,35 @@ def test_where_the_micro_batch_may_not_change_that_is_said(
         train(recipe, tmp_path, *settings)
     assert fix in str(stopped.value.fix)
     assert not (tmp_path / "stages/base/metrics.jsonl").exists()  # it is as large as at first
+
+
+def test_a_state_that_does_not_fit_is_an_error(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may have been changed by then, so nothing is tried again; the last checkpoint is there."""
+
+    def step(self: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(OutOfResources, match="stage base.*EW-751") as stopped:
+        train(recipe, tmp_path, *SIX)
+    assert "optimizer" in str(stopped.value.expected) and "1.00 GiB" in str(stopped.value.found)
+    assert last(tmp_path).state.step == 0
+
+
+@pytest.mark.parametrize(("memory", "share"), [(None, 1.0), (5 * 2**30 + 500 * 2**20, 0.5), (2**40, 1.0), (1, 0.0)])
+def test_the_allocator_of_a_gpu_keeps_to_the_budget(
+    monkeypatch: pytest.MonkeyPatch, memory: int | None, share: float
+) -> None:
+    class Properties:
+        total_memory = 10 * 2**30
+
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    limit_allocator(memory)
+    assert shares == [share]
 
 
 def test_other_errors_are_left_alone(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
