@@ -380,7 +380,7 @@ def _split(param_group: dict[str, Any], rank: int | float | None) -> list[dict[s
     entries = [params] if isinstance(params, Tensor) else list(params)
     matrices = [entry for entry in entries if _can_be_projected(entry, rank)]
     rest = [entry for entry in entries if not _can_be_projected(entry, rank)]
-    parts = [{"rank": rank, "params": matrices}, {"rank": None, "params": rest}]
+    parts: list[dict[str, Any]] = [{"rank": rank, "params": matrices}, {"rank": None, "params": rest}]
     return [param_group | part for part in parts if part["params"]]
 
 
