@@ -44,6 +44,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit, ResettableOptimizer):
         for group in self.param_groups:
             _check_types(group)
         self.is_paged = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        self._pages: dict[str, dict[Tensor, Tensor]] = {key: {} for key in MOMENTS}
 
     def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Moments of zeros."""
@@ -54,13 +55,17 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit, ResettableOptimizer):
         state["step"] = torch.tensor(0)
 
     def prefetch_state(self, p: Tensor) -> None:
-        """Bring paged codes to the GPU; those that were restored are ordinary tensors, and are paged first."""
+        """Bring paged codes to the GPU; those that were restored are ordinary tensors, and are paged first.
+
+        bitsandbytes never frees a page, so one that was made for a parameter is used again.
+        """
         state = self.state[p]
         if self.is_paged and p.numel() >= PAGED_FROM:
-            for key in MOMENTS:
+            for key, pages in self._pages.items():
                 if state[key].is_cuda:
-                    buffer = self.get_state_buffer(p, dtype=state[key].dtype)
-                    state[key] = buffer.copy_(state[key])
+                    if p not in pages:
+                        pages[p] = self.get_state_buffer(p, dtype=state[key].dtype)
+                    state[key] = pages[p].copy_(state[key])
         super().prefetch_state(p)
 
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:

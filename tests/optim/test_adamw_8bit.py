@@ -63,6 +63,15 @@ def test_the_state_is_tensors_of_two_bytes_a_parameter_and_as_large_as_predicted
     assert sum(tensor.numel() * tensor.element_size() for tensor in matrices) / (2 * 512 * 512) <= 2.05
 
 
+def test_a_llama_of_1b_needs_two_bytes_a_parameter():
+    from transformers import LlamaConfig, LlamaForCausalLM  # not above: the process that `SCRIPT` runs in needs none
+
+    with torch.device("meta"):
+        config = LlamaConfig(hidden_size=2048, intermediate_size=5461, num_hidden_layers=2, vocab_size=32000)
+        llama = LlamaForCausalLM(config)
+    assert AdamW8bitConfig().state_bytes(llama) / sum(p.numel() for p in llama.parameters()) <= 2.05
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
