@@ -39,6 +39,10 @@ class OptimizerConfigBase(BaseModel, ABC):
         """What somebody who trains with it on a device (`cpu`, `cuda`) should know."""
         return ()
 
+    def kept_bytes(self, model: nn.Module) -> int:
+        """Bytes kept between steps beside the state, which can be made again; the model may be on meta."""
+        return 0
+
     def check(self, model: nn.Module) -> None:
         """Refuse a model that `build` would refuse; it may be on meta.
 

@@ -176,6 +176,15 @@ class ProjectedOptimizer(ResettableOptimizer):
             if parameter.requires_grad
         )
 
+    def kept_bytes(self) -> int:
+        """Bytes of the projections that are kept in memory beside the state, in the gradients' types."""
+        return sum(
+            self._projectors[group["proj"]].kept(parameter.shape, group) * parameter.element_size()
+            for group in self.param_groups
+            if group["rank"] is not None
+            for parameter in group["params"]
+        )
+
     @abstractmethod
     def _update(self, matrix: Matrix, weight: Tensor) -> None:
         """Change the weight, [m, n] in float32 (or float64), by -rate * U in place, and keep what the next step needs.

@@ -72,8 +72,12 @@ class ProjectedConfig(OptimizerConfigBase):
         return self._over(parameter_groups(model, matrices, rank=self.rank, weight_decay=self.weight_decay))
 
     def state_bytes(self, model: nn.Module) -> int:
-        """Moments, projections, step counts and seeds; not the random projections that are kept beside the state."""
+        """Moments, projections, step counts and seeds; random projections are no state: `kept_bytes`."""
         return self.build(model).state_bytes()
+
+    def kept_bytes(self, model: nn.Module) -> int:
+        """Random projections between two refreshes."""
+        return self.build(model).kept_bytes()
 
 
 class ApolloConfig(ProjectedConfig):

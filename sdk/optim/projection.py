@@ -107,6 +107,10 @@ class Projector(ABC):
     def nbytes(self, shape: torch.Size, group: Group) -> int:
         """Bytes that a matrix of that shape adds to the state."""
 
+    def kept(self, shape: torch.Size, group: Group) -> int:
+        """Values that a matrix of that shape keeps in memory beside the state."""
+        return 0
+
     def forget(self, state: State) -> State:
         """What of the state stays when everything that was learned is reset."""
         return {}
@@ -150,6 +154,9 @@ class RandomProjector(Projector):
 
     def nbytes(self, shape: torch.Size, group: Group) -> int:
         return 8
+
+    def kept(self, shape: torch.Size, group: Group) -> int:
+        return math.prod(projection_shape(shape, group["rank"])) if self.keep else 0
 
     def forget(self, state: State) -> State:
         """The seed moves on: a restart in the rhythm of the refresh would draw one matrix for ever."""

@@ -378,6 +378,16 @@ def test_projections_that_are_drawn_in_every_step_are_those_that_are_kept(kind):
     assert identical(ours, theirs)
 
 
+def test_the_memory_of_projections_that_are_kept_is_known():
+    params = parameters(shapes=[(96, 64), (64, 200)])
+    optimizers = [kind([{"params": params, "rank": 8}]) for kind in (Apollo, GaLore)]
+    drawn = Apollo([{"params": params, "rank": 8}], keep_projections=False)
+    assert [optimizer.kept_bytes() for optimizer in (*optimizers, drawn)] == [2 * 4 * 8 * 64, 0, 0]
+    steps(optimizers[0], params, 0, 1)
+    kept = optimizers[0]._projectors["random"]._kept
+    assert sum(matrix.nbytes for _, matrix in kept.values()) == optimizers[0].kept_bytes()
+
+
 @pytest.mark.parametrize(("kind", "options", "limit"), [(Apollo, {}, 1.1), (ApolloMini, {}, 0.02)])
 def test_state_bytes_of_a_1b_llama(kind, options, limit):
     """Of the matrices that it owns, from one real block; bfloat16 states, rank d / 4."""
