@@ -20,6 +20,8 @@ import inspect
 import itertools
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -152,6 +154,8 @@ class Processes(World):
     def leave(self, error: BaseException) -> NoReturn:
         """Tell the others, and go: with the error, or without a word where the main process has one to say."""
         if isinstance(error, RuntimeError):
+            if threading.current_thread() is threading.main_thread():  # torchrun ends all; what happened is still told
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             error = self._explained(error)
         said = {"exit_code": error.exit_code if isinstance(error, EdgewrightError) else 1, "what": str(error)}
         self.store.set(f"left/{self.rank}", json.dumps(said))
