@@ -109,7 +109,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     narrow = {id(p): p for p in model.parameters() if isinstance(p, NarrowWeight)}
     if not narrow:
         return None
-    plain = {key: weight.detach().dequantized() for key, weight in narrow.items()}
+    plain = {key: weight.dequantized() for key, weight in narrow.items()}
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return {name: plain.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
 

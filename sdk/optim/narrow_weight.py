@@ -85,7 +85,7 @@ class NarrowWeight(Tensor):
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
     def dequantized(self) -> Tensor:
-        """The weight as a plain tensor of the type that it has to the outside."""
+        """The weight as a plain tensor of the type that it has to the outside, without a gradient."""
         wide = self.widened(self.dtype)
         return wide.t() if self.transposed else wide
 
