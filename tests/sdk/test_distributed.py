@@ -295,5 +295,5 @@ def test_non_finite_values_in_one_process_throw_all_back(alone, tmp_path):
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_is_told(alone, tmp_path):
     code, said = run_hit(tmp_path, alone[1], tmp_path / "run", IN_FLOAT32, rank=1, event="error", calls=6)
-    assert code != 0 and "EW-404" in said, said
+    assert code != 0 and "EW-751" in said, said
     assert "process 1 of the 2 of this run stopped" in said or "exitcode  : 143" in said, said  # if torchrun was faster
