@@ -8,6 +8,7 @@ ordinary step without clipping; only what is drawn at random in a step (stochast
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -45,7 +46,7 @@ class GradientRelease:
         assert parameter.grad is not None
         norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
         self._norms.append(norm)
-        self._finite = self._finite and torch.tensor(norm).isfinite().item() is True
+        self._finite = self._finite and math.isfinite(norm)
         if self._finite:
             self._step()
         parameter.grad = None
