@@ -38,6 +38,26 @@ MOST_MICRO_BATCHES = 2
 """Accumulation needs gradients beside the activations from its second micro-batch on; further ones need no more."""
 
 
+def _attention(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
+    """Two products for every query and key; shapes [batch, heads, tokens, size]."""
+    batch, heads, tokens, size = query
+    return 4 * batch * heads * tokens * key[2] * size
+
+
+def _attention_backward(
+    gradient: object, query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object
+) -> int:
+    """Five products: the scores again, and the gradients of scores, queries, keys and values."""
+    return _attention(query, key) * 5 // 2
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Operations of the attention that is simulated, which torch does not count by itself."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What one optimizer step of a stage takes."""
@@ -162,7 +182,7 @@ class _Run:
 
     def step(self) -> float:
         """Take it; the operations of forward and backward for the whole global batch."""
-        context, counter, ledger = _context(), FlopCounterMode(display=False), self.ledger
+        context, counter, ledger = _context(), FlopCounterMode(display=False, custom_mapping=ATTENTION), self.ledger
         for method in self.methods:
             method.before_step(context)
         self.update.begin(self.case.stage.optimizer.learning_rate)
@@ -185,7 +205,7 @@ class _Run:
         with ledger.part("weights"):
             for method in self.methods:
                 method.after_step(context)
-        return counter.get_total_flops() / micro * pieces
+        return counter.get_total_flops() * pieces  # the counter starts anew with every micro-batch
 
 
 @contextmanager
