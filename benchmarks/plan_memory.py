@@ -1,10 +1,9 @@
-"""Predicted against measured peak memory, and against measured time.
+"""Predicted against measured peak memory.
 
-    python benchmarks/plan_memory.py [--only NAME] [--time]
+    python benchmarks/plan_memory.py [--only NAME]
 
 Every configuration trains a few steps, checkpoints and all, in a process of its own; measured is the peak resident size
-less the baseline (after imports, before the model is built). Bar: within 15 % each. With --time: hours after the probe
-of a few steps against a run of 40, within 15 %; only on a machine with nothing else to do.
+less the baseline (after imports, before the model is built). Bar: within 15 % each.
 """
 
 from __future__ import annotations

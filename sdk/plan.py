@@ -188,6 +188,8 @@ def _stage(recipe: Recipe, stage: StageConfig, models: StageModels, device: Devi
     limit = min(size for size in (device.memory, stage.budget.memory, sys.maxsize) if size is not None)
     timed = probed is not None and probed.problem is None
     notes = models.notes if probed is None or probed.problem is None else (*models.notes, probed.problem)
+    if here.decisions["compile"]:
+        notes = (*notes, "memory is predicted for steps that are not compiled")
     return StagePlan(
         name=stage.name,
         parameters=step.parameters,
