@@ -26,7 +26,7 @@ demo: setup
 # Two processes: four runtimes that each bring threads of their own, and then a training run that is stopped by signals,
 # crashed together in one.
 test: setup
-	@status=0; for rooms in "tests/compress tests/sdk" tests/export; do \
+	@status=0; for rooms in "tests/compress tests/optim tests/sdk" tests/export; do \
 		$(BIN)/pytest -m "$(PYTEST_MARKS)" $(PYTEST_ARGS) $$rooms || status=1; \
 	done; exit $$status
 

@@ -24,6 +24,8 @@ TITLES = {
     "export_speed": "Export time against the vendors' tools",
     "quality": "Quality of every method against dense training, at equal tokens, compute and bytes",
     "method_speed": "Step time and memory of methods against dense training",
+    "optimizer_speed": "Time of an update and bytes of state of every optimizer",
+    "plan_memory": "Predicted against measured memory and time",
     "guard": "Hostile files: refused, in what time and memory",
     "data_speed": "Reading, tokenizing and packing",
     "kill_resume": "kill -9 and resume",

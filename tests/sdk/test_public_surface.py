@@ -26,7 +26,20 @@ NAMES = [
     "run",
     "verify",
 ]
-VERBS = ["check", "plan", "run", "evaluate", "export", "verify", "bench", "generate", "report", "ls", "doctor", "explain"]
+VERBS = [
+    "check",
+    "plan",
+    "run",
+    "evaluate",
+    "export",
+    "verify",
+    "bench",
+    "generate",
+    "report",
+    "ls",
+    "doctor",
+    "explain",
+]
 OPTIONS = {
     "check": {"--schema", "--json", "--help"},
     "plan": {"--device", "--no-probe", "--json", "--help"},
