@@ -247,13 +247,18 @@ def spdf(scale: Scale) -> tuple[Stage, ...]:
     )
 
 
-def continued(scale: Scale) -> tuple[Stage, ...]:
-    """60 % of the steps dense, 40 % ternary, each with its own schedule (BitCPM4)."""
-    dense = round(0.6 * scale.steps)
-    return (
-        Stage(name="dense", steps=dense),
-        Stage(name="model", steps=scale.steps - dense, start="dense", methods=({"type": "ternary"},)),
-    )
+def continued(teacher: str | None = None) -> Callable[[Scale], tuple[Stage, ...]]:
+    """60 % of the steps dense, 40 % ternary, each with its own schedule (BitCPM4); the second one may be taught."""
+
+    def stages(scale: Scale) -> tuple[Stage, ...]:
+        dense = round(0.6 * scale.steps)
+        rest = scale.steps - dense
+        return (
+            Stage(name="dense", steps=dense),
+            Stage(name="model", steps=rest, start="dense", methods=({"type": "ternary"},), teacher=teacher),
+        )
+
+    return stages
 
 
 def ternary(**settings: Any) -> Section:
@@ -287,20 +292,28 @@ ROWS = (
     Row(name="dense", what="dense", stages=plain(), core=True, files=DENSE_FILES),
     Row(
         name="ternary", what="ternary, absmean, a scale per row", stages=plain(ternary()), core=True,
-        files=TERNARY_FILES, factors=(1.0, 2.0),
+        files=TERNARY_FILES, factors=(1.0, 2.0, 4.0),
     ),
     Row(
         name="ternary-distilled", what="ternary, taught by the dense run", rate_of="ternary", core=True,
         stages=plain(ternary(), teacher="dense"), files=TERNARY_FILES,
     ),
+    Row(
+        name="ternary-continued", what="60 % dense, then 40 % ternary", stages=continued(), core=True,
+        files=TERNARY_FILES, factors=(1.0, 2.0, 4.0),
+    ),
+    Row(
+        name="ternary-continued-distilled", what="60 % dense, then 40 % ternary, taught by the dense run", core=True,
+        stages=continued("dense"), rate_of="ternary-continued", files=TERNARY_FILES,
+    ),
     Row(name="narrow-5of8", what="dense, 5/8 of the width", core=True, stages=plain(width=5 / 8), files=SMALL_FILES),
     Row(name="narrow-3of4", what="dense, 3/4 of the width", core=True, stages=plain(width=3 / 4), files=SMALL_FILES),
     Row(
         name="lowrank-restarts", what="low rank, refactorization + reset every 200 steps", core=True,
-        stages=restarted, factors=(1.0, 2.0), files=PLAIN_FILES,
+        stages=restarted, factors=(0.5, 1.0, 2.0), files=PLAIN_FILES,
     ),
     Row(name="lowrank", what="low rank, plain", rate_of="lowrank-restarts", core=True, stages=lowrank()),
-    Row(name="lost", what="LOST", rate_of="lowrank-restarts", core=True, stages=lost, files=FACTOR_FILES),
+    Row(name="lost", what="LOST", core=True, stages=lost, factors=(1.0, 2.0, 4.0), files=FACTOR_FILES),
     Row(name="sparse-50", what="gradual pruning to 50 %", control="compute", core=True, stages=gradual(0.5)),
     Row(name="spdf-75", what="static 75 % sparse, then 10 % dense", core=True, stages=spdf),
     Row(
@@ -312,10 +325,6 @@ ROWS = (
     Row(
         name="lowrank-flops", what="low rank with restarts, more tokens", control="FLOPs", stages=lowrank_flops,
         rate_of="lowrank-restarts", files=PLAIN_FILES,
-    ),
-    Row(
-        name="ternary-continued", what="60 % dense, then 40 % ternary", stages=continued, rate_of="ternary",
-        files=TERNARY_FILES,
     ),
     Row(
         name="ternary-tequila", what="ternary, dead weights as a bias", rate_of="ternary",

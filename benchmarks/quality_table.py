@@ -18,6 +18,8 @@ Result = dict[str, Any]
 
 TERNARY = ("ternary", "ternary-continued", "ternary-tequila", "ternary-twn", "ternary-seq")
 """Rows of ternary training without a teacher: the best of them is held against the bar."""
+TAUGHT = ("ternary-distilled", "ternary-continued-distilled")
+"""Those with one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +209,6 @@ LIMITS = (
     ("lost", "perplexity", 1.02),
     ("sparse-50", "perplexity", 1.02),
     ("sparse-75", "perplexity", 1.06),
-    ("ternary-distilled", "bits_per_byte", 1.04),
     ("apollo-mini", "perplexity", 1.02),
     ("gradnorm-lorp", "perplexity", 1.05),
 )
@@ -219,10 +220,11 @@ def bars(done: dict[str, Seeds]) -> Iterator[Verdict]:
     dense = done["dense"]
     for name, figure, most in LIMITS:
         yield against(done.get(name), dense, figure, most, f"{name}, {figure.replace('_', ' ')} of dense")
-    ternary = [done[name] for name in TERNARY if name in done]
-    best = min(ternary, key=lambda seeds: seeds.mean("bits_per_byte"), default=None)
-    label = "best ternary without a teacher" + (f" ({best.row.name})" if best else "")
-    yield against(best, dense, "bits_per_byte", 1.06, f"{label}, bits per byte of dense")
+    for rows, most, what in ((TERNARY, 1.06, "without a teacher"), (TAUGHT, 1.04, "with a teacher")):
+        found = [done[name] for name in rows if name in done]
+        best = min(found, key=lambda seeds: seeds.mean("bits_per_byte"), default=None)
+        label = f"best ternary {what}" + (f" ({best.row.name})" if best else "")
+        yield against(best, dense, "bits_per_byte", most, f"{label}, bits per byte of dense")
     yield not_worse(done.get("apollo"), dense)
     yield restarts_help(done)
     yield recovery(done)
@@ -272,7 +274,7 @@ def equal_bytes(done: dict[str, Seeds]) -> Verdict:
     """Ternary GGUF files against the best calibrated GGUF of dense models, between whose sizes is interpolated."""
     what = "ternary at equal exported bytes: fewer bits per byte than the best dense file"
     dense = frontier([file for seeds in done.values() for file in ggufs(seeds) if is_dense(seeds)])
-    ours = frontier([file for name in (*TERNARY, "ternary-distilled") if name in done for file in ggufs(done[name])])
+    ours = frontier([file for name in (*TERNARY, *TAUGHT) if name in done for file in ggufs(done[name])])
     compared = [(file, at_bytes(dense, file.bytes)) for file in ours]
     inside = [(file, theirs) for file, theirs in compared if theirs is not None]
     if not inside:

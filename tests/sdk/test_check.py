@@ -188,10 +188,11 @@ def test_a_small_disk_is_an_error_before_the_first_step(folder: Path, monkeypatc
     assert (error.code, error.exit_code) == ("EW-403", 4) and error.found == "10 bytes free"
 
 
-def test_torch_is_not_imported_for_a_recipe_without_methods(folder: Path) -> None:
+def test_torch_is_not_imported_for_a_recipe_without_methods_and_models(folder: Path) -> None:
     code = "import sys, edgewright; assert edgewright.check(*sys.argv[1:]).ok; sys.exit('torch' in sys.modules)"
+    scratch = ["student={type: preset, preset: llama-1m}", "objective={type: next_token}", "methods=[]"]
     done = subprocess.run(
-        [sys.executable, "-c", code, "recipe.yaml", "stages.small.methods=[]"],
+        [sys.executable, "-c", code, "recipe.yaml", *(f"stages.small.{setting}" for setting in scratch)],
         capture_output=True,
         text=True,
         check=False,

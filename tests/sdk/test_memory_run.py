@@ -390,7 +390,7 @@ def test_a_size_of_memory(recipe: Path, written: str, size: int) -> None:
 def test_a_run_that_was_begun_before_the_settings_existed_goes_on(recipe: Path, in_twos: Path) -> None:
     kept = in_twos / "stages/base/stage.json"
     content = json.loads(kept.read_text())
-    for section, names in (("training", ("weights", "gradient_release", "offload_optimizer")), ("budget", ("memory",))):
+    for section, names in (("training", ("weights", "gradient_release")), ("budget", ("memory",))):
         for name in names:
             del content[section][name]
     kept.write_text(json.dumps(content))
