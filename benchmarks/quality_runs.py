@@ -16,6 +16,8 @@ BUSY = 6
 """Exit code of a run that another process works on."""
 SWEEP = 0.25
 """Share of a run's tokens that each learning rate of a sweep gets."""
+FINE_TUNING = 0.3
+"""Share of the learning rate with which SPDF goes on densely."""
 Control = Literal["tokens", "compute", "FLOPs"]
 Section = dict[str, Any]
 ADAMW: Section = {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1}
@@ -154,6 +156,8 @@ class Stage:
     """An earlier stage to go on from."""
     teacher: str | None = None
     """The row whose finished model of the same seed teaches."""
+    rate: float = 1.0
+    """Times the run's learning rate."""
     active: float = 1.0
     """Mean share of the linear weights that are not masked, over the steps."""
 
@@ -243,7 +247,7 @@ def spdf(scale: Scale) -> tuple[Stage, ...]:
     method = {"type": "sparse", "density": 0.25, "mask": {"type": "static"}}
     return (
         Stage(name="sparse", steps=scale.steps, methods=(method,), active=0.25),
-        Stage(name="model", steps=round(scale.steps / 10), start="sparse"),
+        Stage(name="model", steps=round(scale.steps / 10), start="sparse", rate=FINE_TUNING),
     )
 
 
@@ -441,7 +445,7 @@ def _stage(stage: Stage, job: Job, places: Places, rate: float) -> Section:
         "name": stage.name,
         "student": student,
         "methods": list(stage.methods),
-        "optimizer": {**job.row.optimizer, "learning_rate": rate},
+        "optimizer": {**job.row.optimizer, "learning_rate": rate * stage.rate},
         "schedule": {"type": "cosine", "warmup_ratio": 0.05, "final_ratio": 0.05},
         "budget": {"max_steps": steps_of(stage, job)},
         "training": {

@@ -37,7 +37,12 @@ def _verdict(result: dict[str, Any]) -> str:
     device, needed = result["device"], result["memory"]["total"]
     memory = "" if device["memory"] is None else f" of its {say.size(device['memory'])}"
     what = f"{say.size(needed)}{memory} on {device['name']}, in stage {result['stage']}"
-    return f"this fits: {what}" if result["fits"] else f"this DOES NOT FIT: {what}"
+    if result["fits"]:
+        return f"this fits: {what}"
+    short = [] if device["memory"] is None or needed <= device["memory"] else [what]
+    if result["disk"] > result["disk_free"]:
+        short.append(f"{say.size(result['disk'])} of {say.size(result['disk_free'])} of free disk")
+    return f"this DOES NOT FIT: {'; '.join(short)}"
 
 
 def _advice(advice: dict[str, Any]) -> str:
