@@ -50,6 +50,7 @@ def model():  # noqa: ANN201 - a PreTrainedModel; transformers is imported late
 def ours(steps: int, methods: Sequence[Method] = ()) -> list[float]:
     """Seconds of each step of our loop, with methods of compression if any."""
     import numpy as np
+    import torch
 
     from edgewright.checkpoint import TrainState
     from edgewright.data import Batches, TokenStream
@@ -57,8 +58,9 @@ def ours(steps: int, methods: Sequence[Method] = ()) -> list[float]:
     from edgewright.objective import NextToken
     from edgewright.optim.adamw import AdamWConfig
     from edgewright.schedule import CosineConfig
-    from edgewright.trainer import Job, Trainer
-    from edgewright.training import StopRequest, TrainingConfig, decide
+    from edgewright.trainer import Job, Trainer, TrainingModule
+    from edgewright.training import StopRequest, TrainingConfig, decide, memory_decisions
+    from edgewright.world import ALONE
 
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, 2_000_000).astype(np.uint16)
     stream = TokenStream(tokens=tokens, documents=1, bytes=len(tokens))
@@ -69,11 +71,14 @@ def ours(steps: int, methods: Sequence[Method] = ()) -> list[float]:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     for method in methods:
         method.prepare(network)
-    state = TrainState(decisions=decide(settings, parameters=parameters, tokens=20 * parameters))
+    decisions = memory_decisions(settings) | decide(settings, parameters=parameters, tokens=20 * parameters)
+    state, objective = TrainState(decisions=decisions), NextToken()
+    module = TrainingModule(network, objective, getattr(torch, decisions["precision"]))
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
             model=network,
-            objective=NextToken(),
+            replica=ALONE.replicate(module, settings.sharding),
+            objective=objective,
             methods=list(methods),
             optimizer=AdamWConfig(learning_rate=1e-3, weight_decay=0.0).build(network),
             learning_rate=1e-3,
