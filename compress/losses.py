@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgewright.chunked import IGNORED, ChunkRule, Head
+from edgewright.chunked import IGNORED, ChunkRule
+from edgewright.compress.targets import Logits, Targets
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -29,14 +30,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 
 def distillation_rule(
-    labels: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
-    *,
-    scale: float,
-    temperature: float,
-    kl_weight: float,
-    dtype: torch.dtype,
+    labels: Tensor, targets: Targets, *, scale: float, temperature: float, kl_weight: float
 ) -> ChunkRule:
     """kl_weight * T^2 * KL(t || q) + (1 - kl_weight) * cross-entropy, summed over a chunk and times `scale`.
 
@@ -44,7 +38,7 @@ def distillation_rule(
     logits exist for the chunk only. Parts reported: (weighted KL, weighted cross-entropy).
 
     Args:
-        labels: [N] int64; teacher_hidden: [N, H_teacher]; scale: 1 over the counted tokens of the step.
+        labels: [N] int64; targets: logits of those N tokens; scale: 1 over the counted tokens of the step.
     """
 
     def rule(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -52,7 +46,9 @@ def distillation_rule(
         counted = target != IGNORED
         column = target.clamp_min(0)[:, None]
         vocabulary = logits.shape[-1]
-        teacher_logits = teacher_head(teacher_hidden[rows].to(dtype))[:, :vocabulary]
+        teacher = targets.rows(rows)
+        assert isinstance(teacher, Logits), "the divergence is between whole distributions"
+        teacher_logits = teacher.values[:, :vocabulary]
 
         log_q1 = F.log_softmax(logits, dim=-1)
         cross_entropy = -(log_q1.gather(1, column)[:, 0] * counted).sum()

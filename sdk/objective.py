@@ -31,6 +31,8 @@ class ModelInputs:
     """[B, S], or None for 0..S-1 in every row."""
     attention_mask: Tensor | None
     """[B, 1, S, S] bool, true where a query may look; None for plain causal attention."""
+    sequences: tuple[int, ...] | None = None
+    """Which sequences of the training stream the rows are (`data.Batch.indices`): a cache finds its targets by them."""
 
 
 class Objective(ABC):

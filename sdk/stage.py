@@ -312,6 +312,7 @@ def _within_budget(
 
 
 def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:
+    from edgewright.compress.teacher import OnlineTeacher
     from edgewright.objective import NextTokenConfig
 
     config = stage.objective
@@ -320,7 +321,7 @@ def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say
     teacher = model_of(config.teacher, earlier)
     for note in check_same_tokens(corpus.tokenizer_dir, teacher, role=f"teacher of stage {stage.name}"):
         say(f"note: {note}")
-    return config.build(teacher)
+    return config.build(OnlineTeacher(teacher))
 
 
 def _prepare(methods: list[Method], model: PreTrainedModel, origin: Origin | None, say: Callable[[str], None]) -> None:

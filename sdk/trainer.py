@@ -404,9 +404,14 @@ def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
     def tensor(array: Any) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    sequences = tuple(batch.indices)
     if not batch.has_borders:
         return ModelInputs(
-            input_ids=tensor(batch.input_ids), labels=tensor(batch.labels), position_ids=None, attention_mask=None
+            input_ids=tensor(batch.input_ids),
+            labels=tensor(batch.labels),
+            position_ids=None,
+            attention_mask=None,
+            sequences=sequences,
         )
     documents = tensor(batch.document_ids)
     length = documents.shape[1]
@@ -417,6 +422,7 @@ def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:
         labels=tensor(batch.labels),
         position_ids=tensor(batch.position_ids),
         attention_mask=same & causal,
+        sequences=sequences,
     )
 
 

@@ -68,6 +68,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     import torch
 
     from edgewright.checkpoint import TrainState
+    from edgewright.compress.teacher import OnlineTeacher
     from edgewright.metrics import Metrics
     from edgewright.objective import NextTokenConfig
     from edgewright.planner.cases import case, stage_models
@@ -92,7 +93,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
         objective: Any = stage.objective.build()
     else:
         assert stage.objective.teacher.type == "checkpoint", "only then there is a teacher to load"
-        objective = stage.objective.build(stage.objective.teacher.model)
+        objective = stage.objective.build(OnlineTeacher(stage.objective.teacher.model))
     settings = stage.training
     module = TrainingModule(model, objective, getattr(torch, decisions["precision"]))
     job = Job(

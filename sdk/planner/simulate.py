@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from edgewright.compress.teacher import OnlineTeacher
 from edgewright.memory_rules import check_release
 from edgewright.method import StepContext
 from edgewright.objective import ModelInputs, Objective
@@ -231,10 +232,7 @@ def _objective(case: Case, teacher: PreTrainedModel | None, ledger: Ledger) -> O
     if config.type == "next_token":
         return config.build()
     assert teacher is not None, "distillation has a teacher"
-    from pathlib import Path
-
-    objective = config.build(Path())
-    objective.learn_from(teacher)
+    objective = config.build(OnlineTeacher(model=teacher))
     before: list[str] = []
     teacher.base_model.register_forward_pre_hook(lambda *_: before.append(ledger.enter("teacher")))
     teacher.base_model.register_forward_hook(lambda *_: ledger.leave(before.pop()))

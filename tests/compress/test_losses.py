@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from edgewright import chunked
 from edgewright.chunked import IGNORED, Head, chunked_loss
 from edgewright.compress.losses import distillation_rule, forward_kl
+from edgewright.compress.targets import HeadLogits
 
 
 def _logits(rows, columns, seed, dtype=torch.float64):
@@ -49,12 +50,10 @@ def test_chunked_distillation_equals_the_plain_losses(monkeypatch, temperature, 
     counted = labels != IGNORED
     rule = distillation_rule(
         labels,
-        teacher_hidden,
-        Head(teacher_weight, None),
+        HeadLogits(teacher_hidden, Head(teacher_weight, None), torch.float32),
         scale=1 / 21,
         temperature=temperature,
         kl_weight=kl_weight,
-        dtype=torch.float32,
     )
     loss, parts = chunked_loss(hidden, Head(weight, None), rule, parts=2, dtype=torch.float32)
     loss.backward()
@@ -79,7 +78,11 @@ def test_a_teacher_with_padding_rows_is_cut_to_the_students_vocabulary():
             hidden,
             Head(weight, None),
             distillation_rule(
-                labels, teacher_hidden, Head(head, None), scale=0.2, temperature=1.0, kl_weight=1.0, dtype=torch.float32
+                labels,
+                HeadLogits(teacher_hidden, Head(head, None), torch.float32),
+                scale=0.2,
+                temperature=1.0,
+                kl_weight=1.0,
             ),
             parts=2,
             dtype=torch.float32,

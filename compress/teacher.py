@@ -1,0 +1,70 @@
+"""Teachers: where targets come from (`targets.TargetSource`). Here a frozen model beside the student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgewright.compress.targets import HeadLogits, Logits, TargetSource
+from edgewright.errors import BadInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from edgewright.objective import ModelInputs
+
+
+class OnlineTeacher(TargetSource):
+    """A local model that runs on every micro-batch, in evaluation mode and without gradient.
+
+    Args:
+        directory: of the model; it is loaded by `prepare`.
+        model: a model taken as it is instead.
+    """
+
+    gives = Logits
+
+    def __init__(self, directory: Path | None = None, *, model: PreTrainedModel | None = None) -> None:
+        assert (directory is None) != (model is None), "a directory or a model"
+        self.directory = directory
+        self._model = model
+
+    def prepare(self, student: PreTrainedModel, device: torch.device) -> None:
+        """Load the teacher, frozen.
+
+        Raises:
+            RecipeError: EW-712, the teacher's logits are not those of its head alone.
+            BadInput: EW-702, the vocabularies differ in size. (That the tokens are the same is checked by `check`
+                and before training, by `vocabulary.check_same_tokens`.)
+        """
+        from edgewright.student import check_head, load_model
+
+        if self.directory is None:
+            return
+        teacher: Any = load_model(self.directory)
+        teacher.to(device).eval().requires_grad_(False)
+        if teacher.config.vocab_size < student.config.vocab_size:
+            raise BadInput(
+                "EW-702",
+                "the teacher's vocabulary is smaller than the student's",
+                where=self.directory,
+                expected=f"at least {student.config.vocab_size} tokens",
+                found=teacher.config.vocab_size,
+                fix="give the student the teacher's tokenizer: data.tokenizer = {type: pretrained, path: TEACHER}",
+            )
+        check_head(teacher, f"teacher {self.directory}")
+        self._model = teacher
+
+    def targets(self, inputs: ModelInputs, dtype: torch.dtype) -> HeadLogits:
+        from edgewright.student import hidden_states, output_head
+
+        assert self._model is not None, "prepare() comes first"
+        with torch.no_grad():
+            hidden = hidden_states(self._model, inputs)
+        return HeadLogits(hidden, output_head(self._model, dtype), dtype)
+
+    def model(self) -> PreTrainedModel | None:
+        return self._model
