@@ -38,6 +38,10 @@ class Logits:
         """The targets of some of the rows, a view."""
         return Logits(self.values[window])
 
+    def finite(self) -> Tensor:
+        """Which rows are finite numbers, bool [C]."""
+        return self.values.isfinite().all(-1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK:
@@ -57,6 +61,10 @@ class TopK:
     def rows(self, window: slice) -> TopK:
         """The targets of some of the rows, views."""
         return replace(self, ids=self.ids[window], log_probs=self.log_probs[window], tail=self.tail[window])
+
+    def finite(self) -> Tensor:
+        """Which rows are finite numbers, but for what fills up; bool [N]."""
+        return self.log_probs.exp().isfinite().all(-1) & self.tail.isfinite()
 
     def within(self, vocabulary: int) -> TopK:
         """With the tokens from `vocabulary` on, which the student lacks, moved into the tail."""
@@ -97,6 +105,10 @@ class Sampled:
     def rows(self, window: slice) -> Sampled:
         """The targets of some of the rows, views."""
         return replace(self, ids=self.ids[window], weights=self.weights[window])
+
+    def finite(self) -> Tensor:
+        """Which rows are finite numbers, bool [N]."""
+        return self.weights.isfinite().all(-1)
 
     def within(self, vocabulary: int) -> Sampled:
         """Without the tokens from `vocabulary` on, which the student lacks."""
@@ -173,3 +185,15 @@ class TargetSource(ABC):
         """The teacher where there is one model beside the student: it is measured on the held-out text, and losses of
         hidden states look into it while `targets` runs it."""
         return None
+
+
+FINITE_ROWS = 64
+"""Rows that are looked at together."""
+
+
+def finite_rows(targets: Targets, tokens: int) -> Tensor:
+    """For each of the N tokens whether its targets are finite numbers, bool [N]."""
+    found = [
+        targets.rows(slice(start, min(start + FINITE_ROWS, tokens))).finite() for start in range(0, tokens, FINITE_ROWS)
+    ]
+    return torch.cat(found)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgewright.compress.targets import HeadLogits, Logits, TargetSource
-from edgewright.errors import BadInput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +35,8 @@ class OnlineTeacher(TargetSource):
         """Load the teacher, frozen.
 
         Raises:
-            RecipeError: EW-712, the teacher's logits are not those of its head alone.
-            BadInput: EW-702, the vocabularies differ in size. (That the tokens are the same is checked by `check`
-                and before training, by `vocabulary.check_same_tokens`.)
+            RecipeError: EW-712, the teacher's logits are not those of its head alone. (That both speak of the same
+                tokens is checked by `check` and before training, by `vocabulary.check_same_tokens`.)
         """
         from edgewright.student import check_head, load_model
 
@@ -46,15 +44,6 @@ class OnlineTeacher(TargetSource):
             return
         teacher: Any = load_model(self.directory)
         teacher.to(device).eval().requires_grad_(False)
-        if teacher.config.vocab_size < student.config.vocab_size:
-            raise BadInput(
-                "EW-702",
-                "the teacher's vocabulary is smaller than the student's",
-                where=self.directory,
-                expected=f"at least {student.config.vocab_size} tokens",
-                found=teacher.config.vocab_size,
-                fix="give the student the teacher's tokenizer: data.tokenizer = {type: pretrained, path: TEACHER}",
-            )
         check_head(teacher, f"teacher {self.directory}")
         self._model = teacher
 

@@ -46,6 +46,8 @@ class TrainState:
     """(first step, steps) of a learning-rate re-warm-up that a method asked for."""
     seconds: float = 0.0
     """Training time so far."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """What the objective keeps, see `Objective.after_step`."""
     decisions: dict[str, Any] = field(default_factory=dict)
     """What was chosen at run time: precision, compilation, threads, device. Part of the state, so kept on resume."""
 

@@ -26,7 +26,7 @@ CHUNK_BYTES = 24 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output head as the objectives see it: `head(hidden)` gives logits in float32.
+    """The output head as the objectives see it: `head(hidden)` gives logits in float32 (of float64 in float64).
 
     `weight` [V, H] is the *effective* weight (already fake-quantized or merged where a method says so), so gradients
     flow through whatever produced it. `bias` is [V] or None. With z = `scale` (weight h + bias) the logits are z, or
@@ -39,10 +39,11 @@ class Head:
     cap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.shaped(F.linear(hidden, self.weight.to(hidden.dtype), _cast(self.bias, hidden.dtype)).float())
+        return self.shaped(F.linear(hidden, self.weight.to(hidden.dtype), _cast(self.bias, hidden.dtype)))
 
     def shaped(self, product: Tensor) -> Tensor:
-        """The logits from float32 weight h + bias, whose memory they take."""
+        """The logits from weight h + bias, whose memory they take if it has their type."""
+        product = product.to(accumulated(product.dtype))
         if self.scale != 1.0:
             product.mul_(self.scale)
         return product if self.cap is None else product.div_(self.cap).tanh_().mul_(self.cap)
@@ -52,6 +53,11 @@ class Head:
         if self.cap is None:
             return self.scale
         return logits.div(self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What softmax and sums run in where products run in `dtype`: float32, but float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -69,7 +75,8 @@ def chunked_loss(
         head: the student's head.
         rule: the loss of a chunk.
         parts: how many parts the rule reports.
-        dtype: what the matrix products run in (bfloat16 or float32); softmax and sums are float32.
+        dtype: what the matrix products run in (bfloat16 or float32); softmax and sums are float32. With float64, for
+            tests, all is.
 
     Returns:
         (loss [], parts [P]); only the loss carries gradient.
@@ -77,7 +84,7 @@ def chunked_loss(
     if torch.is_grad_enabled():
         loss, values = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, rule, parts, dtype)
         return loss, values
-    values = torch.zeros(parts, device=hidden.device)
+    values = torch.zeros(parts, dtype=accumulated(dtype), device=hidden.device)
     compute = replace(head, weight=head.weight.to(dtype), bias=_cast(head.bias, dtype))
     rows = chunk_rows(head.weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
@@ -100,14 +107,15 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         compute_weight, compute_bias = weight.to(dtype), _cast(bias, dtype)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=weight.device)
-        values = torch.zeros(parts, device=hidden.device)
+        exact = accumulated(dtype)
+        weight_gradient = torch.zeros(weight.shape, dtype=exact, device=weight.device)
+        bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=exact, device=weight.device)
+        values = torch.zeros(parts, dtype=exact, device=hidden.device)
         rows = chunk_rows(weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             window = slice(start, min(start + rows, hidden.shape[0]))
             chunk = hidden[window].to(dtype)
-            logits = head.shaped(F.linear(chunk, compute_weight, compute_bias).float())
+            logits = head.shaped(F.linear(chunk, compute_weight, compute_bias))
             slope = head.slope(logits)
             losses, gradient = rule(logits, window)
             values += losses
@@ -117,7 +125,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 bias_gradient += gradient.sum(0)
             gradient = gradient.to(dtype)
             hidden_gradient[window] = gradient @ compute_weight
-            if dtype == torch.float32:
+            if dtype == exact:
                 weight_gradient.addmm_(gradient.T, chunk)
             else:
                 weight_gradient += gradient.T @ chunk

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from edgewright._verbs import VerbModule
 from edgewright.compress.choice import LayerChoice
 from edgewright.errors import RecipeError
+from edgewright.recipe_shape import tag_key
 
 Entry = dict[str, object]
 EXAMPLE = (512, 512)
@@ -73,15 +74,18 @@ def _optimizers() -> list[Entry]:
 
 
 def _losses() -> list[Entry]:
-    """What a recipe's `objective` may be, and the plain functions on logits."""
+    """What a recipe's `objective` may be, and the functions of `distill`: with the teacher's targets that each accepts,
+    and the plain form on whole logits where there is one."""
     from edgewright.compress import losses
+    from edgewright.compress.loss_config import LossConfig, WeightedConfig
     from edgewright.recipe import ObjectiveConfig
 
-    functions = [
-        _described(name, function, python=f"edgewright.compress.losses.{name}")
-        for name, function in vars(losses).items()
-        if inspect.isfunction(function) and "student_logits" in inspect.signature(function).parameters
-    ]
+    functions = []
+    for config in _sections(LossConfig):
+        assert issubclass(config, WeightedConfig)
+        entry = _section(config)
+        python = f"edgewright.compress.losses.{entry['name']}" if entry["name"] in losses.__all__ else None
+        functions.append({**entry, "accepts": list(config.accepts), "python": python})
     return [*(_section(config) for config in _sections(ObjectiveConfig)), *functions]
 
 
@@ -140,7 +144,9 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _section(config: type[BaseModel]) -> Entry:
-    """A section of a recipe, by the name in its `type`, with its options."""
+    """A section of a recipe, by the name in its `type` (or `function`), with its options."""
+    key = tag_key(config)
+    assert key is not None, "it is one of several"
     options = [
         {
             "name": name,
@@ -149,9 +155,9 @@ def _section(config: type[BaseModel]) -> Entry:
             "choices": list(_choices(field.annotation)),
         }
         for name, field in config.model_fields.items()
-        if name != "type"
+        if name != key
     ]
-    return _described(str(config.model_fields["type"].default), config, options=options)
+    return _described(str(config.model_fields[key].default), config, options=options)
 
 
 def _choices(annotation: Any) -> Iterator[object]:

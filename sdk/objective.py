@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -38,7 +38,7 @@ class ModelInputs:
 class Objective(ABC):
     """The loss of a micro-batch. Subclasses are final."""
 
-    parts: ClassVar[tuple[str, ...]]
+    parts: tuple[str, ...]
     """Names of the terms that `loss` reports, in order."""
 
     def prepare(self, student: PreTrainedModel, device: torch.device) -> None:  # noqa: B027 - an optional hook
@@ -46,6 +46,22 @@ class Objective(ABC):
 
     def teacher(self) -> PreTrainedModel | None:
         """The model that the student learns from, to be measured once on the same held-out text."""
+        return None
+
+    def begin_step(self, step: int, total_steps: int) -> None:  # noqa: B027 - an optional hook
+        """Called before the micro-batches of optimizer step `step` (from 0); what it sets follows from these two."""
+
+    def after_step(self, parts: dict[str, float], kept: dict[str, Any]) -> None:  # noqa: B027 - an optional hook
+        """Called after every optimizer step.
+
+        Args:
+            parts: values of the step, by name.
+            kept: JSON values of this objective's own, in every checkpoint.
+        """
+
+    def not_finite(self, inputs: ModelInputs, dtype: torch.dtype) -> tuple[int, int] | None:
+        """Where the loss of a micro-batch is not finite: the first token, (row, position), at which the teacher is to
+        blame; None where it is not."""
         return None
 
     @abstractmethod

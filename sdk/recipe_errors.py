@@ -113,7 +113,7 @@ def _problem(details: ErrorDetails, model: type[BaseModel], tree: Tree) -> Probl
         return _unknown_key(path, model, tree)
     if kind == "missing":
         return _missing(path, _wanted(annotation))
-    if kind in ("union_tag_invalid", "union_tag_not_found") or (kind == "literal_error" and path[-1:] == ("type",)):
+    if kind in ("union_tag_invalid", "union_tag_not_found") or (kind == "literal_error" and path[-1] in shape.TAGS):
         return _wrong_type(path, annotation, tree)
     if kind == "value_error":
         text = details["msg"].removeprefix("Value error, ")
@@ -179,7 +179,7 @@ def _wanted(annotation: Any) -> str:
     """A required field in a word or two."""
     tags = [name for one in shape.models(annotation) if (name := shape.tag(one)) is not None]
     if tags:
-        return "a section with type: " + " | ".join(tags)
+        return f"a section with {shape.tag_key(shape.models(annotation)[0])}: " + " | ".join(tags)
     names = {str: "text", FilePath: "a path", int: "a whole number", float: "a number", bool: "true or false"}
     kinds = [names[one] for one in shape.members(annotation) if one in names]
     if shape.element(annotation) is not None:
@@ -188,21 +188,22 @@ def _wanted(annotation: Any) -> str:
 
 
 def _wrong_type(path: Path, annotation: Any, tree: Tree) -> Problem:
-    if path[-1:] == ("type",):  # a section of which there is only one kind
-        path = path[:-1]
+    if path[-1] in shape.TAGS:  # a section of which there is only one kind
+        key, path = str(path[-1]), path[:-1]
         valid = [str(option) for option in get_args(annotation)]
     else:
+        key = next((found for one in shape.models(annotation) if (found := shape.tag_key(one)) is not None), "type")
         valid = [name for one in shape.models(annotation) if (name := shape.tag(one)) is not None]
     section = shape.at(tree, path)
-    if not isinstance(section, dict) or "type" not in section:
-        return _missing((*path, "type"), "type: " + " | ".join(valid))
+    if not isinstance(section, dict) or key not in section:
+        return _missing((*path, key), f"{key}: " + " | ".join(valid))
     return Problem(
         code="EW-114",
-        what=f"{dotted(path)} has an unknown type",
-        path=(*path, "type"),
+        what=f"{dotted(path)} has an unknown {key}",
+        path=(*path, key),
         expected=" | ".join(valid),
-        found=show(section["type"]),
-        fix=did_you_mean(section["type"], valid),
+        found=show(section[key]),
+        fix=did_you_mean(section[key], valid),
     )
 
 

@@ -30,21 +30,30 @@ def models(annotation: Any) -> tuple[type[BaseModel], ...]:
     return tuple(one for one in members(annotation) if isinstance(one, type) and issubclass(one, BaseModel))
 
 
+TAGS = ("type", "function")
+"""The keys that pick the component of a section: `function` those of losses."""
+
+
+def tag_key(model: type[BaseModel]) -> str | None:
+    """The key whose value names this model, None if it has none."""
+    fields = model.model_fields
+    return next((key for key in TAGS if key in fields and get_origin(fields[key].annotation) is Literal), None)
+
+
 def tag(model: type[BaseModel]) -> str | None:
-    """The value of `type:` that names this model, or None if it has no such field."""
-    field = model.model_fields.get("type")
-    if field is None or get_origin(field.annotation) is not Literal:
-        return None
-    return str(get_args(field.annotation)[0])
+    """The value of `type:` (or `function:`) that names this model, or None if it has no such field."""
+    key = tag_key(model)
+    return None if key is None else str(get_args(model.model_fields[key].annotation)[0])
 
 
 def model_for(annotation: Any, value: Tree) -> type[BaseModel] | None:
-    """The model that a mapping is meant for: the only one, or the one that its `type:` names."""
+    """The model that a mapping is meant for: the only one, or the one that its `type:` (or `function:`) names."""
     candidates = models(annotation)
     if len(candidates) == 1:
         return candidates[0]
     if isinstance(value, dict):
-        return next((model for model in candidates if tag(model) == value.get("type")), None)
+        named = [model for model in candidates if (key := tag_key(model)) and tag(model) == value.get(key)]
+        return named[0] if named else None
     return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright import checkpoint
+from edgewright.compress.distill import in_full
 from edgewright.continuation import goes_on_from_latents, start_notes, without_load_report
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
@@ -30,7 +31,7 @@ from edgewright.student import (
     without_progress_bars,
 )
 from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, free_decisions, memory_decisions
-from edgewright.vocabulary import check_same_tokens
+from edgewright.vocabulary import check_rows, check_same_tokens
 from edgewright.weights import check_weights, hold_weights_as, plain_state_dict
 from edgewright.world import ALONE, World
 
@@ -163,7 +164,7 @@ def train_stage(
         )
         for stream in (corpus.train, corpus.held_out)
     )
-    objective = _objective(stage, corpus, earlier, say)
+    objective = _objective(stage, model, corpus, earlier, say)
     module = TrainingModule(model, objective, getattr(torch, state.decisions["precision"]))
     job = Job(
         model=model,
@@ -311,15 +312,27 @@ def _within_budget(
     return choice.settings
 
 
-def _objective(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]) -> Objective:
+def _objective(
+    stage: StageConfig,
+    student: PreTrainedModel,
+    corpus: Corpus,
+    earlier: dict[str, Path],
+    say: Callable[[str], None],
+) -> Objective:
     from edgewright.compress.teacher import OnlineTeacher
     from edgewright.objective import NextTokenConfig
+    from edgewright.preview import stored_architecture
 
     config = stage.objective
     if isinstance(config, NextTokenConfig):
         return config.build()
     teacher = model_of(config.teacher, earlier)
-    for note in check_same_tokens(corpus.tokenizer_dir, teacher, role=f"teacher of stage {stage.name}"):
+    role = f"teacher of stage {stage.name}"
+    rows = stored_architecture(teacher).config.get_text_config().vocab_size
+    for note in (
+        *check_same_tokens(corpus.tokenizer_dir, teacher, role=role),
+        *check_rows(student.config.vocab_size, rows, corpus.vocab_size, role=role, where=teacher),
+    ):
         say(f"note: {note}")
     return config.build(OnlineTeacher(teacher))
 
@@ -381,6 +394,7 @@ def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, direct
     kept = directory / "stage.json"
     dumped = stage.model_dump(mode="json")
     dumped["training"] = {k: v for k, v in dumped["training"].items() if k not in WITHOUT_EFFECT_ON_BITS}
+    dumped["objective"] = in_full(dumped["objective"])
     dumped |= {"seed": recipe.seed, "sequence_length": recipe.data.sequence_length, "data": corpus.fingerprint}
     now = json.loads(json.dumps(_portable(dumped)))
     if not kept.exists():
@@ -390,6 +404,7 @@ def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, direct
     before = json.loads(kept.read_text(encoding="utf-8"))
     before["training"] = _with_defaults(before["training"], TrainingConfig)
     before["budget"] = _with_defaults(before["budget"], BudgetConfig)
+    before["objective"] = in_full(before["objective"])
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
     if changed:
         raise RecipeError(

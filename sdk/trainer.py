@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgewright import checkpoint
 from edgewright.allocator import keep_freed_memory
-from edgewright.errors import Diverged
+from edgewright.errors import BadInput, Diverged
 from edgewright.method import Method, StepContext, by_key
 from edgewright.micro_batch import give_back, halved, no_memory_left, shortage
 from edgewright.objective import ModelInputs, Objective
@@ -162,12 +162,14 @@ class Trainer:
             method.before_step(context)
         rate = self.job.learning_rate * self.learning_rate_factor()
         self.update.begin(rate)
+        self.job.objective.begin_step(state.step, self.job.total_steps)
         counted, total = self._fitting(self._gradients)
         for method in self.job.methods:
             method.after_backward(self._context(state.step + 1))
         loss_value, norm_value = float(total.sum()), self.update.norm(self.job.replica)
         (bad,) = self.world.any(not (math.isfinite(loss_value) and math.isfinite(norm_value)))
         if bad:
+            self._blame_teacher()
             self._roll_back(loss_value, norm_value)
             return
         self.update.apply()
@@ -183,6 +185,7 @@ class Trainer:
         self.metrics.step(
             state, loss=loss_value, parts=parts_by_name, lr=rate, grad_norm=norm_value, tokens=counted, seconds=seconds
         )
+        self.job.objective.after_step(parts_by_name, state.objective)
 
     def _gradients(self, size: int) -> tuple[int, Tensor]:
         """The gradients of the next global batch, in micro-batches of `size`.
@@ -335,6 +338,19 @@ class Trainer:
         self.save()
         self.stop.raise_interrupted(self.state.step)
 
+    def _blame_teacher(self) -> None:
+        """Refuse a teacher of which not all is finite on this global batch: going back would not help.
+
+        Every process looks at all of it, so that all find the same.
+        """
+        first, end = self.state.position, self.state.position + self.global_batch
+        size = self.state.decisions["micro_batch"]
+        for position in range(first, end, size):
+            batch = self.job.batches.batch(position, min(size, end - position))
+            place = self.job.objective.not_finite(model_inputs(batch, self.device), self.dtype)
+            if place is not None:
+                raise targets_not_finite(self.job.batches, batch.indices[place[0]], place[1])
+
     def _roll_back(self, loss: float, norm: float) -> None:
         """Back to the last good checkpoint, with this global batch on the list of those never trained on."""
         bad, step = self.state.position, self.state.step
@@ -396,6 +412,19 @@ def compile_model(model: PreTrainedModel, *, by_block: bool) -> None:
     """Compile the forward as one graph, or block by block: a graph's backward gives all of its gradients at once."""
     for part in decoder_blocks(model) if by_block else [model.base_model]:
         part.compile(dynamic=False)
+
+
+def targets_not_finite(batches: Batches, sequence: int, position: int) -> BadInput:
+    """EW-783, with the document."""
+    document, token = batches.document_at(sequence, position)
+    return BadInput(
+        "EW-783",
+        "what the teacher says of a token is not finite",
+        where=f"document {document:,} of the training text, its token {token:,} (sequence {sequence:,}, {position})",
+        expected="logits that are finite numbers",
+        found="NaN or infinite values",
+        fix="run the teacher in a wider type, or take out that document; a teacher that is NaN everywhere is damaged",
+    )
 
 
 def model_inputs(batch: Batch, device: torch.device) -> ModelInputs:

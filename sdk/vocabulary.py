@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from edgewright.data.tokenizer import Encoder, load_encoder
-from edgewright.errors import RecipeError
+from edgewright.errors import BadInput, RecipeError
 
 
 def check_same_tokens(ours: Path, theirs: Path, *, role: str) -> list[str]:
@@ -68,3 +68,33 @@ def _notes(mine: Encoder, other: Encoder, theirs: Path, role: str) -> list[str]:
     if parts[0]["model"].get("merges") != parts[1]["model"].get("merges"):
         notes.append(f"{role}: the same tokens, but other merges: it would cut some texts in other places")
     return notes
+
+
+def check_rows(student: int, teacher: int, tokens: int, *, role: str, where: Path) -> list[str]:
+    """Compare the rows of two output heads whose tokens are the same: a vocabulary may be padded to a rounder number.
+
+    Args:
+        student: rows of the student's head; teacher: of the teacher's.
+        tokens: that the tokenizer has.
+        role: of the teacher, for the message.
+        where: the teacher's directory.
+
+    Returns:
+        What is left out of the comparison, in words.
+
+    Raises:
+        BadInput: EW-702, the teacher lacks tokens.
+    """
+    if teacher < tokens:
+        raise BadInput(
+            "EW-702",
+            f"the {role} has fewer rows in its head than the tokenizer has tokens",
+            where=where,
+            expected=f"at least {tokens:,} rows",
+            found=f"{teacher:,}: the first token without one is {teacher}",
+            fix="give the data the teacher's tokenizer: data.tokenizer = {type: pretrained, path: TEACHER}",
+        )
+    if student == teacher:
+        return []
+    wider, more = ("student", student - teacher) if student > teacher else ("teacher", teacher - student)
+    return [f"{role}: {more:,} rows that only pad the {wider}'s vocabulary are left out of the comparison"]

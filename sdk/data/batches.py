@@ -112,6 +112,12 @@ class Batches:
             indices=indices,
         )
 
+    def document_at(self, sequence: int, position: int) -> tuple[int, int]:
+        """The document that a position of a sequence is in, and which of its tokens that is; both from 1."""
+        place = sequence * self.sequence_length + position
+        starts = np.flatnonzero(np.asarray(self.stream.tokens[: place + 1]) == self.start_id)
+        return max(1, len(starts)), place - int(starts[-1] if len(starts) else 0) + 1
+
 
 def sequences(tokens: int, sequence_length: int) -> int:
     """How many sequences a stream of `tokens` gives."""

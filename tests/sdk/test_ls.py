@@ -54,9 +54,20 @@ def test_methods_say_what_they_save_and_where_their_result_is_exact() -> None:
 
 def test_losses_are_objectives_and_functions() -> None:
     found = entries("losses")
-    assert {"next_token", "distill", "forward_kl"} <= found.keys()
+    assert {"next_token", "distill"} <= found.keys()
     assert found["forward_kl"]["python"] == "edgewright.compress.losses.forward_kl"
-    assert "distillation_rule" not in found
+    assert found["forward_kl"]["accepts"] == ["logits"] and found["forward_kl"]["paper"] == "arXiv:1503.02531"
+    assert found["rs_kd"]["accepts"] == ["sampled", "logits"] and found["top_k"]["accepts"] == ["top_k", "logits"]
+    assert found["cross_entropy"]["accepts"] == []
+    assert {option["name"] for option in found["jsd"]["options"]} == {"weight", "schedule", "temperature", "beta"}
+
+
+def test_every_plain_loss_can_be_used_in_a_recipe() -> None:
+    from edgewright.compress import losses
+
+    found = entries("losses")
+    assert {name for name, entry in found.items() if entry.get("python")} == set(losses.__all__)
+    assert all(found[name]["paper"] for name in losses.__all__)
 
 
 def test_targets_are_those_of_export_with_what_each_width_holds() -> None:

@@ -357,7 +357,7 @@ def test_a_ternary_student_of_an_earlier_stage(distilled):
         assert torch.equal(torch.from_numpy(tensor.dequantize()), saved[name])
         assert set(saved[name].abs().unique(dim=None).tolist()) <= {0.0, *tensor.scales.flatten().tolist()}
     lines = [json.loads(line) for line in (run / "stages/student/metrics.jsonl").read_text().splitlines()]
-    assert {"kl", "cross_entropy"} <= next(line for line in lines if "loss" in line).keys()
+    assert {"forward_kl", "cross_entropy"} <= next(line for line in lines if "loss" in line).keys()
 
 
 def test_the_teacher_is_measured_on_the_students_held_out_text(distilled):
