@@ -1,6 +1,6 @@
 """What methods cost and save in training: time of a step and memory, against dense training of the same model.
 
-    python benchmarks/method_speed.py [--repeats 3] [--steps 12]
+    python benchmarks/method_speed.py [--repeats 3] [--steps 12] [--only METHOD ...]
 
 The Llama of 20.5M parameters of `training_speed.py`, its batch and precision. Every measurement is a process of its
 own, in turn; compilation and the first steps are not counted. Memory: the bytes of weights, gradients and Adam's state
@@ -111,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--only", nargs="+", choices=[name for name in METHODS if name != "dense"], metavar="METHOD")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
     if arguments.worker:
@@ -119,7 +120,7 @@ def main() -> None:
     header()
     print(f"batch {BATCH} x {LENGTH}")
     results = interleaved(
-        list(METHODS),
+        ["dense", *arguments.only] if arguments.only else list(METHODS),
         lambda name: worker(__file__, "--worker", name, "--steps", str(arguments.steps)),
         arguments.repeats,
     )

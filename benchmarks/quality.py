@@ -8,9 +8,9 @@ per run into benchmarks/quality/. Kill it anywhere and start it again: it goes o
 of them share the work. At the end, and alone with --table, it prints the table, the files, the bars, and draws the plot
 of bits per byte against exported bytes. See `quality_runs.py` for what is trained and why in that order.
 
-The learning rate of the dense model is swept at a quarter of the tokens, those of ternary and low rank as well, as
-multiples of it; their variants take theirs. Text: the files of --data, else tinystories and the children's books of
-../shared/data, else the interpreter's standard library.
+The learning rate of the dense model is swept at a quarter of the tokens, those of ternary, low rank, LOST and APOLLO as
+well, as multiples of it; their variants take theirs. Text: the files of --data, else tinystories and the children's
+books of ../shared/data, else the interpreter's standard library.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ FINE_TUNING = 0.3
 """Share of the learning rate with which SPDF goes on densely."""
 Control = Literal["tokens", "compute", "FLOPs"]
 Section = dict[str, Any]
+COSINE: Section = {"type": "cosine", "warmup_ratio": 0.05, "final_ratio": 0.05}
+LINEAR: Section = {"type": "wsd", "warmup_ratio": 0.05, "decay_ratio": 0.95, "final_ratio": 0.0}
+"""Straight to zero after the warm-up (arXiv 2502.15938)."""
 ADAMW: Section = {"type": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1}
 
 
@@ -177,6 +180,8 @@ class Row:
     factors: tuple[float, ...] = ()
     """Learning rates that it tries, as multiples of the dense model's best; empty: it takes those of `rate_of`."""
     rate_of: str = "dense"
+    schedule: Section = field(default_factory=lambda: dict(COSINE))
+    """The recipe's `schedule:`, of each stage."""
 
     @property
     def teachers(self) -> set[str]:
@@ -331,6 +336,10 @@ ROWS = (
         rate_of="lowrank-restarts", files=PLAIN_FILES,
     ),
     Row(
+        name="ternary-linear", what="ternary, the rate falls linearly to 0", rate_of="ternary",
+        stages=plain(ternary()), schedule=LINEAR, files=TERNARY_FILES,
+    ),
+    Row(
         name="ternary-tequila", what="ternary, dead weights as a bias", rate_of="ternary",
         stages=plain(ternary(quantizer="tequila")), files=TERNARY_FILES,
     ),
@@ -370,14 +379,17 @@ ROWS = (
         name="adamw-8bit", what="dense, AdamW with 8-bit moments", stages=plain(),
         optimizer={**ADAMW, "type": "adamw_8bit"},
     ),
+    Row(name="apollo", what="dense, APOLLO at a quarter of the rank", stages=plain(), optimizer={"type": "apollo"},
+        factors=(4.0, 10.0)),
     *(
-        Row(name=name, what=what, stages=plain(), optimizer=settings, factors=factors)
-        for name, what, settings, factors in (
-            ("apollo", "dense, APOLLO at a quarter of the rank", {"type": "apollo"}, (4.0, 10.0, 20.0)),
-            ("apollo-mini", "dense, APOLLO-Mini", {"type": "apollo_mini"}, (4.0, 10.0, 20.0)),
-            ("galore", "dense, GaLore", {"type": "galore"}, (4.0, 10.0, 20.0)),
-            ("fira", "dense, Fira", {"type": "fira"}, (4.0, 10.0, 20.0)),
-            ("gradnorm-lorp", "dense, GradNormLoRP", {"type": "gradnorm_lorp"}, (4.0, 10.0, 20.0)),
+        Row(
+            name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=(10.0,)
+        )
+        for name, what in (
+            ("apollo-mini", "dense, APOLLO-Mini"),
+            ("gradnorm-lorp", "dense, GradNormLoRP"),
+            ("galore", "dense, GaLore"),
+            ("fira", "dense, Fira"),
         )
     ),
 )  # fmt: skip
@@ -446,7 +458,7 @@ def _stage(stage: Stage, job: Job, places: Places, rate: float) -> Section:
         "student": student,
         "methods": list(stage.methods),
         "optimizer": {**job.row.optimizer, "learning_rate": rate * stage.rate},
-        "schedule": {"type": "cosine", "warmup_ratio": 0.05, "final_ratio": 0.05},
+        "schedule": job.row.schedule,
         "budget": {"max_steps": steps_of(stage, job)},
         "training": {
             "per_device_train_batch_size": job.scale.batch,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import ROOT
 from quality_plot import Point, draw
 from quality_runs import ROWS, SCALES, Row, Scale
 
@@ -16,7 +18,7 @@ from edgewright.files import write_text
 
 Result = dict[str, Any]
 
-TERNARY = ("ternary", "ternary-continued", "ternary-tequila", "ternary-twn", "ternary-seq")
+TERNARY = ("ternary", "ternary-linear", "ternary-continued", "ternary-tequila", "ternary-twn", "ternary-seq")
 """Rows of ternary training without a teacher: the best of them is held against the bar."""
 TAUGHT = ("ternary-distilled", "ternary-continued-distilled")
 """Those with one."""
@@ -82,7 +84,7 @@ def print_all(results: list[Result], scale: Scale, directory: Path) -> bool:
     points = [point for seeds in done.values() for point in gguf_points(seeds)]
     if points:
         write_text(directory / "bytes.svg", draw(points))
-        print(f"plot: {directory / 'bytes.svg'}")
+        print(f"plot: {os.path.relpath(directory / 'bytes.svg', ROOT)}")
     return all(verdict.met is not False for verdict in verdicts)
 
 
@@ -103,11 +105,9 @@ def introduction(results: list[Result], done: dict[str, Seeds], scale: Scale) ->
         f"({dense['tokens'] / scale.parameters:.0f} per parameter, {dense['epochs']:.1f} epochs), "
         f"{scale.step_tokens:,} a step, {decided['precision']}, {decided['device']}."
     )
-    kinds = {"data": "corpora", "commit": "commits"}
-    for key, name in kinds.items():
-        values = sorted({str(result[key])[:12] for result in results})
-        if key == "commit" or len(values) > 1:
-            yield f"{name}: {', '.join(values)}"
+    corpora = sorted({str(result["data"])[:12] for result in results})
+    if len(corpora) > 1:
+        yield f"corpora: {', '.join(corpora)}"
 
 
 def sweeps(results: list[Result]) -> Iterator[str]:
@@ -118,7 +118,16 @@ def sweeps(results: list[Result]) -> Iterator[str]:
         best = min(mine, key=lambda pair: pair[1])[0]
         edge = " (at the edge of the sweep)" if len(mine) > 1 and best in (mine[0][0], mine[-1][0]) else ""
         shown = ", ".join(f"{rate:g}: {perplexity:.3f}" for rate, perplexity in mine)
-        yield f"learning rate of {row}, perplexity after a quarter of the tokens: {shown}; taken: {best:g}{edge}"
+        commits = commits_of(result for result in tried if result["row"] == row)
+        yield (
+            f"learning rate of {row}, perplexity after a quarter of the tokens: {shown}; taken: {best:g}{edge} "
+            f"(commit {commits})"
+        )
+
+
+def commits_of(results: Iterable[Result]) -> str:
+    """What the code of these runs was."""
+    return ", ".join(sorted({result["commit"] for result in results}))
 
 
 def table(done: dict[str, Seeds]) -> Iterator[str]:
@@ -126,9 +135,9 @@ def table(done: dict[str, Seeds]) -> Iterator[str]:
     yield ""
     yield (
         "| row | what | equal | seeds | tokens (M) | FLOPs (1e12) | trained in linear layers | memory (MB) | "
-        "perplexity | x dense | bits per byte | x dense |"
+        "perplexity | x dense | bits per byte | x dense | commit |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
     dense = done["dense"]
     for name, seeds in done.items():
         one = seeds.results[0]
@@ -139,7 +148,8 @@ def table(done: dict[str, Seeds]) -> Iterator[str]:
             f"| {name} | {seeds.row.what} | {seeds.row.control} | {len(seeds.results)} | {one['tokens'] / 1e6:.1f} | "
             f"{one['flops'] / 1e12:.0f} | {share:.0%} | {max(cost['bytes'] for cost in costs) / 1e6:.1f} | "
             f"{seeds.show('perplexity', 3)} | {seeds.ratio(dense, 'perplexity'):.3f}{note} | "
-            f"{seeds.show('bits_per_byte', 4)} | {seeds.ratio(dense, 'bits_per_byte'):.3f} |"
+            f"{seeds.show('bits_per_byte', 4)} | {seeds.ratio(dense, 'bits_per_byte'):.3f} | "
+            f"{commits_of(seeds.results)} |"
         )
 
 
