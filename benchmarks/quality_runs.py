@@ -383,14 +383,13 @@ ROWS = (
         factors=(4.0, 10.0)),
     *(
         Row(
-            name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=factors,
-            rate_of="apollo",
+            name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=(10.0,)
         )
-        for name, what, factors in (
-            ("apollo-mini", "dense, APOLLO-Mini", ()),
-            ("gradnorm-lorp", "dense, GradNormLoRP", (10.0,)),
-            ("galore", "dense, GaLore", (10.0,)),
-            ("fira", "dense, Fira", (10.0,)),
+        for name, what in (
+            ("apollo-mini", "dense, APOLLO-Mini"),
+            ("gradnorm-lorp", "dense, GradNormLoRP"),
+            ("galore", "dense, GaLore"),
+            ("fira", "dense, Fira"),
         )
     ),
 )  # fmt: skip
