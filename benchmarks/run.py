@@ -29,6 +29,7 @@ TITLES = {
     "guard": "Hostile files: refused, in what time and memory",
     "data_speed": "Reading, tokenizing and packing",
     "kill_resume": "kill -9 and resume",
+    "kill_optimizers": "kill -9 and resume, every optimizer",
     "onnx_block_size": "Why MatMulNBits is packed as it is",
 }
 ARGUMENTS = {"quality": ["--table"]}
