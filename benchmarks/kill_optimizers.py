@@ -2,23 +2,27 @@
 
     python benchmarks/kill_optimizers.py [--kills 2] [--steps 40] [--only NAME]
 
-A small Llama, a checkpoint every 7 steps, a new projection every 5. Each optimizer trains once without a
-kill, and then `--kills` times with one at a moment drawn uniformly between the first step and the end, checkpoints and
-final write included; a kill that finds the run done is drawn again. Compared by SHA-256: the final weights, and the
-last checkpoint's weights, optimizer state and codes; as exact floats: the loss curve. Bar: all are identical.
+A small Llama, a checkpoint every 7 steps, a new projection every 5. Each optimizer trains once without a kill, and then
+`--kills` times with one at a moment drawn uniformly between the first step and the end, checkpoints and final write
+included (start-up: kill_resume.py); a kill that finds the run done is drawn again. Compared by SHA-256: the final
+weights, and the last checkpoint's weights, optimizer state and codes; as exact floats: loss and gradient norm of every
+step, and the evaluations. Bar: all are identical.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
+import multiprocessing
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from common import ROOT, header
@@ -29,7 +33,7 @@ name: kill
 seed: 3
 data:
   type: files
-  files: ["{ROOT}/sdk/*.py"]
+  files: ["{ROOT}/sdk/optim/*.py"]
   tokenizer: {{type: pretrained, path: {ROOT}/examples/teacher}}
   sequence_length: 64
   held_out: 0.1
@@ -37,10 +41,10 @@ stages:
   - name: base
     student: {{type: preset, preset: llama-1m, hidden_size: 128, intermediate_size: 256}}
     budget: {{max_steps: 40}}
-    training: {{per_device_train_batch_size: 4, save_steps: 7, eval_steps: 20, eval_sequences: 8}}
 evaluate: null
 bench: null
 """
+SETTINGS = "per_device_train_batch_size: 4, save_steps: 7, eval_steps: 20, eval_sequences: 8"
 GAP = "update_proj_gap: 5"
 RELEASED = "gradient_release: true, max_grad_norm: null"
 CASES = {
@@ -61,18 +65,20 @@ CASES = {
 }
 
 
-def command(recipe: Path, folder: Path, case: str, steps: int) -> list[str]:
+def train(recipe: Path, folder: Path, case: str, steps: int) -> None:
+    """The process that is killed."""
+    import edgewright
+
     optimizer, training = CASES[case]
-    settings = f"per_device_train_batch_size: 4, save_steps: 7, eval_steps: 20, eval_sequences: 8, {training}".rstrip(
-        ", "
-    )
-    return [
-        *(sys.executable, "-m", "edgewright", "run", str(recipe)),
+    settings = f"{SETTINGS}, {training}".rstrip(", ")
+    edgewright.run(
+        recipe,
         f"output_dir={folder}",
         f"stages.base.budget.max_steps={steps}",
         f"stages.base.optimizer={{{optimizer}}}",
         f"stages.base.training={{{settings}}}",
-    ]
+        say=lambda line: None,
+    )
 
 
 def outcome(folder: Path) -> tuple[str, ...]:
@@ -89,40 +95,41 @@ def outcome(folder: Path) -> tuple[str, ...]:
     )
 
 
-def started(folder: Path, process: subprocess.Popen[bytes]) -> bool:
+def start(*arguments: object) -> BaseProcess:
+    """A process of its own, forked from this one, which has imported all that takes long."""
+    process = multiprocessing.get_context("fork").Process(target=train, args=arguments)
+    process.start()
+    return process
+
+
+def begun(folder: Path, process: BaseProcess) -> bool:
     """Wait for the first step; False where the process ended before."""
     metrics = folder / "stages/base/metrics.jsonl"
-    while process.poll() is None:
+    while process.is_alive():
         if metrics.exists() and '"loss"' in metrics.read_text():
             return True
-        time.sleep(0.02)
+        time.sleep(0.01)
     return False
 
 
-def run_whole(words: list[str], folder: Path) -> float:
-    """Run to the end; seconds from the first step on."""
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    begun = started(folder, process)
-    since = time.monotonic()
-    errors = process.stderr.read().decode()
-    if process.wait() or not begun:
-        raise SystemExit(f"{' '.join(words)} failed:\n{errors[-3000:]}")
-    return time.monotonic() - since
+def finish(process: BaseProcess) -> None:
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"a training ended with {process.exitcode}")
 
 
-def kill_once(words: list[str], folder: Path, seconds: float, moments: random.Random) -> str:
+def kill_once(folder: Path, seconds: float, moments: random.Random, *arguments: object) -> str:
     """Start, kill at a random moment after the first step, and say where that was; drawn again if it came too late."""
     while True:
         shutil.rmtree(folder, ignore_errors=True)
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        assert started(folder, process), "it ran before"
+        process = start(*arguments)
+        assert begun(folder, process), "it ran before"
         moment = moments.uniform(0.0, seconds)
-        try:
-            process.wait(timeout=moment)
-        except subprocess.TimeoutExpired:
+        process.join(moment)
+        if process.is_alive():
             process.kill()
-            process.wait()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
             lines = (folder / "stages/base/metrics.jsonl").read_text().count('"loss"')
             return f"{moment:4.1f} s, step {lines}"
 
@@ -134,6 +141,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=CASES)
     arguments = parser.parse_args()
     header()
+    for module in ("bitsandbytes", "edgewright.stage", "torch._dynamo", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(module)
     same = tried = 0
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -141,13 +150,17 @@ def main() -> None:
         recipe.write_text(RECIPE, encoding="utf-8")
         for case in arguments.only or CASES:
             moments = random.Random(case)
-            seconds = run_whole(command(recipe, work / "whole", case, arguments.steps), work / "whole")
+            whole = start(recipe, work / "whole", case, arguments.steps)
+            begun(work / "whole", whole)
+            since = time.monotonic()
+            finish(whole)
+            seconds = time.monotonic() - since
             expected = outcome(work / "whole")
             found = []
             for _ in range(arguments.kills):
-                words = command(recipe, work / "killed", case, arguments.steps)
-                where = kill_once(words, work / "killed", seconds, moments)
-                subprocess.run(words, check=True, capture_output=True)
+                again = (recipe, work / "killed", case, arguments.steps)
+                where = kill_once(work / "killed", seconds, moments, *again)
+                finish(start(*again))
                 equal = outcome(work / "killed") == expected
                 same, tried = same + equal, tried + 1
                 found.append(f"{where}: {'identical' if equal else 'DIFFERENT'}")
