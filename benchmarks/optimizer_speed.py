@@ -112,13 +112,17 @@ def measure_training() -> None:
     print(json.dumps({"ms": 1e3 * statistics.median(seconds)}))
 
 
-def measure_state(name: str) -> None:
-    """The worker: bytes of state per parameter of one decoder block's matrices."""
+def measure_state(key: str) -> None:
+    """The worker: bytes of state per parameter of one decoder block's matrices, those of one shape being alike."""
     import torch
 
-    config = STATES[name][0]
+    config = STATES[key][0]
     block = billion(1)
-    matrices = [p for n, p in block.named_parameters() if p.ndim == 2 and "layers." in n]
+    alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 2 and "layers." in name:
+            alike.setdefault(parameter.shape, []).append(parameter)
+    matrices = [parameters[0] for parameters in alike.values()]
     owned = {id(parameter) for parameter in matrices}
     for parameter in block.parameters():
         parameter.requires_grad_(id(parameter) in owned)
@@ -126,9 +130,15 @@ def measure_state(name: str) -> None:
     for parameter in matrices:
         parameter.grad = torch.randn_like(parameter) * 1e-3
     optimizer.step()
-    states = optimizer.state_dict()["state"].values()
-    held = sum(count(value) for state in states for value in state.values())
-    print(json.dumps({"bytes_per_parameter": held / sum(parameter.numel() for parameter in matrices)}))
+    states = optimizer.state_dict()["state"]
+    order = [number for group in optimizer.state_dict()["param_groups"] for number in group["params"]]
+    owners = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = total = 0
+    for number, parameter in zip(order, owners, strict=True):
+        times = len(alike[parameter.shape])
+        held += times * sum(count(value) for value in states[number].values())
+        total += times * parameter.numel()
+    print(json.dumps({"bytes_per_parameter": held / total}))
 
 
 def count(value: object) -> int:

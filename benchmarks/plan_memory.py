@@ -3,7 +3,8 @@
     python benchmarks/plan_memory.py [--only NAME]
 
 Every configuration trains a few steps, checkpoints and all, in a process of its own; measured is the peak resident size
-less the baseline (after imports, before the model is built). Bar: within 15 % each.
+less the baseline (after imports, before the model is built), as every run measures it. Bar: within 15 % each; of
+compiled ones, which are predicted as plain ones, the measured size has to be in the range that the plan states.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common import ROOT, header, worker
+
+if TYPE_CHECKING:
+    from edgewright.data import Corpus
+    from edgewright.recipe import Recipe
 
 RECIPE = """
 version: 1
@@ -66,41 +72,42 @@ CASES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 }
 
 
-def write_recipe(folder: Path, name: str, **changes: object) -> Path:
-    own, training = CASES[name]
-    values = {**DEFAULTS, **own, **changes, "training": json.dumps({**BASE, **training})}
+def recipe_text(own: dict[str, object], training: dict[str, object]) -> str:
+    """A recipe of one stage with all defaults, but for these values."""
+    values = {**DEFAULTS, **own, "training": json.dumps({**BASE, **training})}
     text = RECIPE
     if values["objective"] == DISTILL:
         text = text.replace("type: train, vocab_size: 4096", f"type: pretrained, path: {TEACHER}")
-    path = folder / "recipe.yaml"
-    path.write_text(text.format(**values), encoding="utf-8")
-    return path
+    return text.format(**values)
+
+
+def corpus_of(recipe: Recipe, data: Path) -> Corpus:
+    """Of one of those recipes; prepared once for all."""
+    from edgewright.data import prepare_data
+
+    kind = "teacher" if recipe.data.tokenizer.type == "pretrained" else "own"
+    return prepare_data(recipe.data, data / kind, say=lambda line: None)
 
 
 def measure(recipe: Path, data: Path) -> None:
-    """The worker: train the stage, and print the peak above the baseline, and the seconds of a step."""
-    from edgewright.data import prepare_data
-    from edgewright.planner.peak import PeakMemory
+    """The worker: train the stage, and print what it takes above the process that it begins in."""
     from edgewright.recipe import load_recipe
     from edgewright.stage import train_stage
     from edgewright.training import StopRequest
 
     loaded = load_recipe(recipe)
-    stage = loaded.stages[0]
-    kind = "teacher" if loaded.data.tokenizer.type == "pretrained" else "own"
-    corpus = prepare_data(loaded.data, data / kind, say=lambda line: None)
-    measured = PeakMemory.begin("cpu", compiled=stage.training.compile == "on")
-    assert measured is not None, "this system does not tell a process's peak memory"
-    result = train_stage(loaded, stage, corpus, recipe.parent / "stage", {}, say=lambda line: None, stop=StopRequest())
-    print(json.dumps({"memory": measured.bytes(), "seconds": result.seconds / result.steps}))
+    corpus, stop = corpus_of(loaded, data), StopRequest()
+    stage = train_stage(loaded, loaded.stages[0], corpus, recipe.parent / "stage", {}, say=lambda line: None, stop=stop)
+    assert stage.peak_memory is not None, "this system does not tell a process's peak memory"
+    print(json.dumps({"memory": stage.peak_memory}))
 
 
-def predict(recipe: Path) -> dict[str, object]:
+def predict(recipe: Path) -> dict[str, Any]:
     arguments = [sys.executable, "-m", "edgewright.cli", "plan", str(recipe), "--device", "cpu", "--no-probe", "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    found: dict[str, object] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
@@ -113,24 +120,28 @@ def main() -> None:
         measure(*arguments.worker)
         return
     header()
-    worst = 0.0
+    worst, outside = 0.0, False
     data = ROOT / "build/plan_memory"
     for name in arguments.only or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            recipe = write_recipe(Path(folder), name)
-            predicted = predict(recipe)["memory"]
-            assert isinstance(predicted, dict)
+            recipe = Path(folder) / "recipe.yaml"
+            recipe.write_text(recipe_text(*CASES[name]), encoding="utf-8")
+            plan = predict(recipe)
+            predicted, (low, high) = plan["memory"], plan["memory_range"]
             measured = worker(__file__, "--worker", str(recipe), str(data))["memory"]
         error = predicted["total"] / measured - 1
-        worst = max(worst, abs(error))
+        if "compiled" in name:
+            outside |= not low <= measured <= high
+        else:
+            worst = max(worst, abs(error))
         parts = "  ".join(f"{part} {size / 2**20:,.0f}" for part, size in predicted.items() if size and part != "total")
         print(
             f"{name:24} predicted {predicted['total'] / 2**20:7,.0f} MiB  measured {measured / 2**20:7,.0f} MiB  "
-            f"{error:+.1%}   ({parts})",
+            f"{error:+.1%}   range {low / 2**20:,.0f} to {high / 2**20:,.0f}   ({parts})",
             flush=True,
         )
-    print(f"largest error {worst:.1%} (bar 15 %)")
-    sys.exit(worst > 0.15)
+    print(f"largest error {worst:.1%} (bar 15 %); compiled {'outside' if outside else 'within'} their ranges")
+    sys.exit(worst > 0.15 or outside)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class TrainState:
     """Training time so far."""
     objective: dict[str, Any] = field(default_factory=dict)
     """What the objective keeps, see `Objective.after_step`."""
+    peak_memory: int = 0
+    """The most bytes that the stage has taken so far above what its process had before; 0 where nobody can tell."""
     decisions: dict[str, Any] = field(default_factory=dict)
     """What was chosen at run time: precision, compilation, threads, device. Part of the state, so kept on resume."""
 

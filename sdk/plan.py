@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +16,9 @@ if TYPE_CHECKING:
     from edgewright.planner.advice import Advice
     from edgewright.planner.cases import StageModels
     from edgewright.planner.devices import Device
-    from edgewright.planner.memory import Memory
+    from edgewright.planner.history import PastErrors
     from edgewright.planner.probe import Probe
-    from edgewright.planner.simulate import Step
-    from edgewright.planner.timing import Time
+    from edgewright.planner.stage_plan import StagePlan
     from edgewright.recipe import Recipe, StageConfig
 
 ONLY_OF_DISK = "EW-403"
@@ -41,38 +41,6 @@ class CheckFailed(EdgewrightError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
-    """What one stage will need."""
-
-    name: str
-    parameters: int
-    steps: int
-    memory: Memory
-    step: Step
-    time: Time
-    decisions: dict[str, object]
-    fits: bool
-    notes: tuple[str, ...]
-    probed_memory: int | None = None
-    """Bytes at the peak of the probe's steps, above its baseline; None without one."""
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "parameters": self.parameters,
-            "steps": self.steps,
-            "memory": self.memory.to_json(),
-            "optimizer_state": self.step.optimizer_bytes,
-            "flops": self.step.flops * self.steps,
-            **self.time.to_json(),
-            "decisions": self.decisions,
-            "probed_memory": self.probed_memory,
-            "fits": self.fits,
-            "notes": list(self.notes),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a recipe will need.
 
@@ -83,6 +51,7 @@ class Plan:
         disk: bytes by kind, and their total.
         free: bytes that the disk of the run directory has.
         advice: what to change in the stage that needs most.
+        past: how wrong plans of earlier runs were.
     """
 
     recipe: Path
@@ -91,6 +60,7 @@ class Plan:
     disk: dict[str, int]
     free: int
     advice: tuple[Advice, ...]
+    past: PastErrors
 
     @property
     def largest(self) -> StagePlan:
@@ -112,6 +82,7 @@ class Plan:
             "device": self.device.to_json(),
             "stage": self.largest.name,
             "memory": self.largest.memory.to_json(),
+            "memory_range": list(self.largest.memory_range),
             "disk": self.disk["total"],
             "disk_parts": self.disk,
             "disk_free": self.free,
@@ -122,6 +93,7 @@ class Plan:
             else None,
             "fits": self.fits,
             "advice": [advice.to_json() for advice in self.advice],
+            "past_error": self.past.to_json(),
             "stages": [stage.to_json() for stage in self.stages],
         }
 
@@ -140,9 +112,7 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
             device.
     """
     from edgewright.check import check
-    from edgewright.planner.cases import stage_models
     from edgewright.planner.devices import find_device
-    from edgewright.planner.disk import disk
     from edgewright.planner.probe import probe as run_probe
     from edgewright.recipe import load_recipe
 
@@ -152,24 +122,57 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
     if errors:
         raise CheckFailed(errors)
     vocab_size = _vocabulary(loaded)
-    models = {stage.name: found for stage, found in stage_models(loaded, vocab_size)}
-    probes = {
-        stage.name: run_probe(Path(recipe), overrides, stage.name, vocab_size)
-        for stage in loaded.stages
-        if probe and place.here and _can_be_probed(stage)
-    }
-    stages = tuple(_stage(loaded, stage, models[stage.name], place, probes.get(stage.name)) for stage in loaded.stages)
+
+    def probed(stage: StageConfig, planned: StagePlan) -> Probe | None:
+        return run_probe(Path(recipe), overrides, stage.name, vocab_size) if probe else None
+
+    return predicted(Path(recipe), loaded, place, vocab_size, probed)
+
+
+def predicted(
+    source: Path,
+    recipe: Recipe,
+    device: Device,
+    vocab_size: int,
+    probed: Callable[[StageConfig, StagePlan], Probe | None],
+    *,
+    advice: bool = True,
+) -> Plan:
+    """`plan` of a recipe that was checked.
+
+    Args:
+        source: the recipe's file.
+        probed: runs the probe of a stage, of which this is the plan without one, or decides against it; it is asked
+            where the device is here and the stage can be probed.
+        advice: whether to look for what could be changed.
+
+    Raises:
+        as `simulate` and `stage_models`.
+    """
+    from edgewright.planner.cases import stage_models
+    from edgewright.planner.disk import disk
+    from edgewright.planner.history import past
+    from edgewright.planner.stage_plan import plan_stage
+
+    models = {stage.name: found for stage, found in stage_models(recipe, vocab_size)}
+    stages = []
+    for stage in recipe.stages:
+        planned = plan_stage(recipe, stage, models[stage.name], device)
+        if device.here and _can_be_probed(stage):
+            found = probed(stage, planned)
+            planned = planned if found is None else planned.with_probe(found)
+        stages.append(planned)
     largest = max(stages, key=lambda stage: stage.memory.total)
-    config = loaded.stage(largest.name)
+    config = recipe.stage(largest.name)
     assert config is not None
-    space = disk(loaded, {stage.name: stage.step for stage in stages}, vocab_size)
     return Plan(
-        recipe=Path(recipe),
-        device=place,
-        stages=stages,
-        disk=space,
-        free=_free(loaded.run_directory),
-        advice=tuple(_advice(loaded, config, models[config.name], place, largest)),
+        recipe=source,
+        device=device,
+        stages=tuple(stages),
+        disk=disk(recipe, {stage.name: stage.step for stage in stages}, vocab_size),
+        free=_free(recipe.run_directory),
+        advice=tuple(_advice(recipe, config, models[config.name], device, largest)) if advice else (),
+        past=past(recipe.run_directory, device),
     )
 
 
@@ -178,41 +181,14 @@ def _can_be_probed(stage: StageConfig) -> bool:
     return stage.objective.type != "distill" or stage.objective.teacher.type == "checkpoint"
 
 
-def _stage(recipe: Recipe, stage: StageConfig, models: StageModels, device: Device, probed: Probe | None) -> StagePlan:
-    from edgewright.planner.cases import case
-    from edgewright.planner.memory import predict
-    from edgewright.planner.timing import from_probe, from_table
-
-    here = case(stage, models, recipe, device)
-    memory, step = predict(here, device)
-    limit = min(size for size in (device.memory, stage.budget.memory, sys.maxsize) if size is not None)
-    timed = probed is not None and probed.problem is None
-    notes = models.notes if probed is None or probed.problem is None else (*models.notes, probed.problem)
-    if here.decisions["compile"]:
-        notes = (*notes, "memory is predicted for steps that are not compiled")
-    return StagePlan(
-        name=stage.name,
-        parameters=step.parameters,
-        steps=stage.budget.steps(stage.training.tokens_per_step(recipe.data.sequence_length)),
-        memory=memory,
-        step=step,
-        time=from_probe(here, probed.seconds, probed.once) if probed and timed else from_table(here, step, device),
-        probed_memory=probed.memory if probed and timed else None,
-        decisions=here.decisions,
-        fits=memory.total <= limit,
-        notes=notes,
-    )
-
-
 def _advice(
     recipe: Recipe, stage: StageConfig, models: StageModels, device: Device, planned: StagePlan
 ) -> list[Advice]:
     from edgewright.planner.advice import advise
-    from edgewright.planner.cases import case
-    from edgewright.planner.memory import predict
+    from edgewright.planner.stage_plan import changed_memory
 
     def total(changed: StageConfig) -> int:
-        return predict(case(changed, models, recipe, device), device)[0].total
+        return changed_memory(recipe, changed, models, device, planned.case.decisions)
 
     return advise(stage, planned.memory.total, total, gpu=device.kind == "cuda")
 

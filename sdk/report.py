@@ -18,6 +18,7 @@ from edgewright import report_view as view
 from edgewright._verbs import VerbModule
 from edgewright.bench_pack import read_result
 from edgewright.files import write_json, write_text
+from edgewright.planner.record import Compared
 from edgewright.report_data import DEVICES, ArtifactResult, Results, RunRecord, StageRecord, read_run
 
 PAGE_NAME = "report.html"
@@ -42,6 +43,8 @@ class ReportResult:
     machine: dict[str, object]
     artifacts: tuple[ArtifactResult, ...]
     warnings: tuple[str, ...]
+    compared: tuple[Compared, ...] = ()
+    """What was planned, and what came of it."""
     devices: tuple[dict[str, Any], ...] = ()
     """What packs measured on other devices, as their `result.json` says."""
 
@@ -57,6 +60,7 @@ class ReportResult:
                 {**artifact.model_dump(mode="json"), "path": str(self.path.parent / artifact.path)}
                 for artifact in self.artifacts
             ],
+            "plan": [each.to_json() for each in self.compared],
             "devices": list(self.devices),
             "warnings": list(self.warnings),
         }
@@ -93,6 +97,7 @@ def report(run_dir: str | Path, *, add: Sequence[str | Path] = ()) -> ReportResu
         machine=_machine(run),
         artifacts=run.results.artifacts,
         warnings=tuple(_warnings(run)),
+        compared=run.compared,
         devices=tuple(run.devices),
     )
 
@@ -131,6 +136,7 @@ def _page(run: RunRecord) -> dict[str, Any]:
         "checkpoints": view.checkpoints(run),
         "devices": view.devices(run),
         "stages": stages,
+        "compared": view.compared(run),
         "data": view.facts(run.results.data),
         "sources": view.sources(run),
         "machine": view.facts(_machine(run)),
@@ -150,6 +156,7 @@ def _sections(page: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("trade-off", "Size, quality, speed", page["has_pareto"]),
         ("devices", "Other devices", page["devices"]),
         ("training", "Training", page["stages"]),
+        ("plan", "Predicted and measured", page["compared"]),
         ("gates", "Proof", page["proved"]),
         ("samples", "Samples", page["run"].results.samples),
         ("data", "Data", page["data"]),

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from edgewright.bench_pack import read_result
 from edgewright.errors import BadInput
 from edgewright.inventory import describe_model
+from edgewright.planner.record import Compared, compare, read_plan
 
 RESULTS = "results.json"
 DEVICES = "devices"
@@ -178,6 +179,8 @@ class RunRecord:
     recipe_text: str | None
     recipe: dict[str, object]
     environment: dict[str, object]
+    compared: tuple[Compared, ...] = ()
+    """What was planned of the run, each with what came of it."""
     devices: list[dict[str, Any]] = field(default_factory=list)
     """Results of other devices, by their names."""
     problems: list[str] = field(default_factory=list)
@@ -217,12 +220,14 @@ def read_run(directory: Path) -> RunRecord:
         recipe_text=recipe_text,
         recipe=recipe,
         environment=_read_object(directory / "env.json"),
+        compared=compare(directory),
         devices=[read_result(path) for path in sorted((directory / DEVICES).glob("*.json"))],
         problems=[
             f"{stage.unreadable_lines} lines of the metrics of stage {stage.name} could not be read."
             for stage in stages
             if stage.unreadable_lines
-        ],
+        ]
+        + [f"The run was not predicted: {plan.problem}" for plan in [read_plan(directory)] if plan and plan.problem],
     )
 
 

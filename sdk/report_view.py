@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from edgewright import report_text as say
+from edgewright.planner import text as plan_text
 from edgewright.report_data import ArtifactResult, CheckpointResult, RunRecord, StageRecord
 from edgewright.report_figures import RUNTIME_NAMES, dominates
 
@@ -332,6 +333,24 @@ def stage_facts(stage: StageRecord) -> list[tuple[str, str]]:
         *((method, say.figures(numbers)) for method, numbers in stage.methods.items()),
     ]
     return [(name, value) for name, value in facts if value != say.MISSING]
+
+
+def compared(run: RunRecord) -> list[dict[str, str]]:
+    """Every prediction with what came of it, in words."""
+    return [
+        {
+            "what": plan_text.NAMES[each.what] if each.stage is None else f"{each.stage}: {plan_text.NAMES[each.what]}",
+            "source": plan_text.SOURCES[each.source],
+            "predicted": plan_text.amount(each.what, each.predicted),
+            "spread": ""
+            if each.spread is None
+            else " to ".join(plan_text.amount(each.what, value) for value in each.spread),
+            "measured": plan_text.amount(each.what, each.measured),
+            "error": say.MISSING if each.error is None else plan_text.percent(each.error),
+            "changed": f"other settings: {plan_text.settings(each.changed)}" if each.changed else "",
+        }
+        for each in run.compared
+    ]
 
 
 def stage_events(stage: StageRecord) -> list[str]:

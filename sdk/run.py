@@ -129,13 +129,22 @@ class _Run:
             check_same_recipe(self.recipe, stage, corpus, self.directory / "stages" / stage.name)
         _write_provenance(self.source, self.recipe, self.directory)
         self._look_ahead(corpus)
+        if self.world.size == 1:
+            from edgewright.planner.record import keep_plan
+
+            keep_plan(self.recipe, self.directory, corpus.vocab_size, self.say)
+        else:
+            self.say("note: several processes are not predicted: a plan is of one alone")
 
     def _conclude(self, corpus: Corpus, stages: dict[str, Any]) -> None:
         """What comes of the finished stages: files, measurements, the report."""
+        from edgewright.planner.text import compared_lines
         from edgewright.report import report
 
         artifacts = self._export({name: result.model for name, result in stages.items()})
         self._results(corpus, stages, artifacts)
+        for line in compared_lines(self.directory):
+            self.say(line)
         report(self.directory)
 
     def _look_ahead(self, corpus: Corpus) -> None:
@@ -218,6 +227,7 @@ class _Run:
         from edgewright.bench import bench
         from edgewright.inventory import describe_model
         from edgewright.machine import describe_machine
+        from edgewright.planner.disk import disk_used
 
         self.held_out = self._held_out(corpus) if self.recipe.evaluate else []
         models = {config.model: None for config in self.recipe.exports} | dict.fromkeys(stages)
@@ -262,6 +272,7 @@ class _Run:
             "samples": self._samples(artifacts),
             "warnings": [*warnings, *_fallback_warnings(rows)],
             "data": corpus.report,
+            "disk_used": disk_used(self.directory),
             "stages": [
                 {"name": s.name, "steps": s.steps, "tokens": s.tokens, "seconds": s.seconds, "methods": s.methods}
                 for s in stages.values()

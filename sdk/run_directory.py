@@ -117,5 +117,5 @@ def _clear(directory: Path) -> None:
     for name in PARTS:
         if (directory / name).exists():
             shutil.rmtree(directory / name)
-    for name in ("results.json", "report.html"):
+    for name in ("plan.json", "results.json", "report.html"):
         (directory / name).unlink(missing_ok=True)

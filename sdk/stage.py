@@ -21,6 +21,7 @@ from edgewright.memory_rules import check_offload, check_release
 from edgewright.method import by_key
 from edgewright.metrics import Metrics
 from edgewright.micro_batch import limit_allocator
+from edgewright.planner.peak import PeakMemory
 from edgewright.student import (
     CheckpointStudentConfig,
     PresetStudentConfig,
@@ -75,6 +76,8 @@ class StageResult:
     parameters: int
     methods: dict[str, dict[str, float]]
     decisions: dict[str, Any]
+    peak_memory: int | None = None
+    """Bytes above what the process had before; None where the system does not tell, or in a run of an older version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,7 @@ def train_stage(
     loaded = checkpoint.load(newest) if newest else None
     if loaded and loaded.state.decisions.get("processes", 1) == world.size:
         torch.set_num_threads(loaded.state.decisions["threads"])
+    peak = PeakMemory.begin("cuda" if torch.cuda.is_available() else "cpu")
     model, origin = _student(recipe, stage, corpus, earlier, say)
     tokens_per_step = settings.tokens_per_step(data.sequence_length)
     steps = stage.budget.steps(tokens_per_step)
@@ -134,6 +138,8 @@ def train_stage(
     _same_processes(state, decisions, say)
     state.decisions = memory_decisions(settings) | state.decisions | free_decisions(settings)
     _same_machine(state, say)
+    if peak is not None and state.decisions["compile"]:
+        peak = peak.allowing_for_compiler()
     if state.decisions["offload_optimizer"]:
         check_offload(state.decisions["device"])
     limit_allocator(stage.budget.memory)
@@ -181,6 +187,7 @@ def train_stage(
         settings=settings,
         directory=directory,
         extra_files=lambda target: _copy_tokenizer(corpus.tokenizer_dir, target),
+        peak=peak,
     )
     metrics = Metrics(
         directory / "metrics.jsonl",
@@ -201,15 +208,17 @@ def train_stage(
 
     def write() -> None:
         assert trained is not None, "the main process has the whole model"
+        written = _write_model(methods, trained, directory / "model", job.extra_files)
         result = StageResult(
             name=stage.name,
-            model=_write_model(methods, trained, directory / "model", job.extra_files),
+            model=written,
             steps=final.step,
             tokens=final.tokens,
             seconds=final.seconds,
             parameters=parameters,
             methods={key: method.describe(trained).numbers for key, method in by_key(methods).items()},
             decisions=final.decisions,
+            peak_memory=max(final.peak_memory, peak.bytes()) if peak is not None else final.peak_memory or None,
         )
         write_json(done, {**asdict(result), "model": "model"})
 

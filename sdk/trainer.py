@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from edgewright.data import Batch, Batches
     from edgewright.metrics import Metrics
+    from edgewright.planner.peak import PeakMemory
     from edgewright.schedule import ScheduleConfig
 
 T = TypeVar("T")
@@ -79,6 +80,8 @@ class Job:
     settings: TrainingConfig
     directory: Path
     extra_files: Callable[[Path], None]
+    peak: PeakMemory | None = None
+    """Measures the stage's memory, where the system lets it."""
 
 
 class Trainer:
@@ -321,6 +324,8 @@ class Trainer:
 
     def _write(self, model: PreTrainedModel | None, optimizer: dict[str, Tensor]) -> None:
         assert model is not None, "the main process has the whole model"
+        if self.job.peak is not None:
+            self.state.peak_memory = max(self.state.peak_memory, self.job.peak.bytes())
         directory = self.job.directory / "checkpoints"
         path = checkpoint.save(
             directory,

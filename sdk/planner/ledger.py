@@ -41,6 +41,7 @@ class Ledger(TorchDispatchMode):
         now: bytes alive, by part.
         peak: the same at the moment when most were alive.
         events: every block as it is made and freed, for `heap.Heap`.
+        operations: how many were seen.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class Ledger(TorchDispatchMode):
         self.now = dict.fromkeys(PARTS, 0)
         self.peak = dict(self.now)
         self.events: list[Event] = []
+        self.operations = 0
         self._most = 0
         self._made = 0
         self._part = "other"
@@ -102,6 +104,7 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # it does the operation on its parts, which come here again
         if func is torch.ops.aten._local_scalar_dense.default:
             return _guess(args[0].dtype)
+        self.operations += 1
         out = func(*args, **(kwargs or {}))
         for value in pytree.tree_leaves(out):
             if isinstance(value, Tensor) and not isinstance(value, NarrowWeight):

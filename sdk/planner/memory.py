@@ -13,6 +13,11 @@ COMPILER = 120 * 2**20
 """What compiling a step leaves in the process (measured)."""
 CUDA_WORKSPACE = 32 * 2**20
 """cuBLAS's, from torch's allocator."""
+SPREAD = {"cpu": 0.15, "cuda": 0.10}
+"""What a prediction is taken to be off by at most, as a share of it."""
+FUSED = 0.5
+"""Most of the activations that compilation does away with: what it fuses is never written, and how much that is depends
+on the model. Predicted are the steps of a model that is not compiled, which need the most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,14 @@ def predict(case: Case, device: Device) -> tuple[Memory, Step]:
     if case.decisions["offload_optimizer"]:
         parts["optimizer"] -= step.optimizer_bytes - _largest_state(case, step)
     return Memory(**parts), step
+
+
+def spread(memory: Memory, case: Case, device: Device) -> tuple[int, int]:
+    """Bytes between which the total of a prediction is expected."""
+    share = SPREAD[device.kind]
+    fused = FUSED * (memory.activations + memory.logits) if case.decisions["compile"] else 0.0
+    loaded = LIBRARIES if device.kind == "cpu" else 0  # perhaps by an earlier stage
+    return int((memory.total - fused - loaded) * (1 - share)), int(memory.total * (1 + share))
 
 
 def _largest_state(case: Case, step: Step) -> int:

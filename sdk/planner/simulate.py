@@ -71,6 +71,8 @@ class Step:
     flops: float
     """Of the whole global batch, forward and backward; a multiply-add counts as two. Products of matrices and attention
     alone, as everywhere in the field."""
+    operations: int
+    """Kernels that are called for it, about: each takes a while to start, whatever it computes."""
     weight_bytes: int
     """Of the student, buffers included."""
     optimizer_bytes: int
@@ -135,7 +137,7 @@ def simulate(case: Case) -> Step:
             teacher = None if case.teacher is None else _weightless(case.teacher).eval().requires_grad_(False)
         run = _Run(case, student, methods, _objective(case, teacher, ledger), ledger)
         run.step()
-        started = len(ledger.events)
+        started, before = len(ledger.events), ledger.operations
         ledger.begin_peak()
         flops = run.step()
     heap = Heap()
@@ -150,6 +152,7 @@ def simulate(case: Case) -> Step:
         heap=heap.peak,
         parameters=sum(parameter.numel() for parameter in parameters),
         flops=flops,
+        operations=(ledger.operations - before) * -(-run.pieces // run.simulated),
         weight_bytes=ledger.now["weights"],
         optimizer_bytes=ledger.now["optimizer"],
     )
@@ -181,14 +184,23 @@ class _Run:
         self.replica = ALONE.replicate(self.module, "none")
         student.train()
 
+    @property
+    def pieces(self) -> int:
+        """Micro-batches of a step."""
+        return -(-self.case.stage.training.global_batch // self.case.decisions["micro_batch"])
+
+    @property
+    def simulated(self) -> int:
+        """Those of them that are simulated."""
+        return min(MOST_MICRO_BATCHES, self.pieces)
+
     def step(self) -> float:
         """Take it; the operations of forward and backward for the whole global batch."""
         context, counter, ledger = _context(), FlopCounterMode(display=False, custom_mapping=ATTENTION), self.ledger
         for method in self.methods:
             method.before_step(context)
         self.update.begin(self.case.stage.optimizer.learning_rate)
-        pieces = -(-self.case.stage.training.global_batch // self.case.decisions["micro_batch"])
-        micro = min(MOST_MICRO_BATCHES, pieces)
+        pieces, micro = self.pieces, self.simulated
         for _ in range(micro):
             with ledger.part("other"):
                 inputs = _inputs(self.case)

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgewright.planner.devices import CPU_SPREAD, UTILISATION, Device
-from edgewright.training import CPU_FLOPS_PER_CORE
+from edgewright.training import COMPILE_COST_SECONDS, COMPILE_GAIN, CPU_FLOPS_PER_CORE
 
 if TYPE_CHECKING:
     from edgewright.planner.simulate import Case, Step
 
+START = {"cpu": 20e-6, "cuda": 8e-6}
+"""Seconds that an operation takes before it computes: Python's, autograd's, the launch of a kernel."""
+STARTS = (1.5, 0.5)
+"""Shares of them, for a slow step and for a fast one."""
 PROBE_SPREAD = 0.15
 """What a few steps are taken to be off by at most."""
 
@@ -44,8 +48,12 @@ def from_table(case: Case, step: Step, device: Device) -> Time:
     moved = 0.0
     if device.bandwidth is not None:
         moved = 2.0 * (step.weight_bytes + step.optimizer_bytes + 4 * step.parameters) / device.bandwidth
-    slow, fast = (step.flops / rate + moved for rate in rates)
-    return _spread(case, tokens, (slow * fast) ** 0.5, fast, slow, "table")
+    started = step.operations * START[device.kind]
+    slow, fast = (step.flops / rate + moved + started * share for rate, share in zip(rates, STARTS, strict=True))
+    once = 0.0
+    if case.decisions["compile"]:
+        slow, fast, once = slow * (1 - COMPILE_GAIN), fast * (1 - COMPILE_GAIN), COMPILE_COST_SECONDS
+    return _spread(case, tokens, (slow * fast) ** 0.5, fast, slow, "table", once)
 
 
 def from_probe(case: Case, seconds_per_step: float, compiling: float) -> Time:
