@@ -77,7 +77,8 @@ class ProjectedOptimizer(ResettableOptimizer):
     gets AdamW. All options may differ between groups.
 
     Raises:
-        RecipeError: EW-741, the rank of a group is larger than one of its matrices, or something in it is no matrix.
+        RecipeError: EW-741, the rank of a group is larger than one of its matrices, or something in it is no matrix;
+            the rank of a flat list is as large as all of its matrices.
     """
 
     def __init__(
@@ -389,8 +390,28 @@ def _split(param_group: dict[str, Any], rank: int | float | None) -> list[dict[s
     entries = [params] if isinstance(params, Tensor) else list(params)
     matrices = [entry for entry in entries if _can_be_projected(entry, rank)]
     rest = [entry for entry in entries if not _can_be_projected(entry, rank)]
+    if not matrices:
+        _check_no_matrix(rest, rank)
     parts: list[dict[str, Any]] = [{"rank": rank, "params": matrices}, {"rank": None, "params": rest}]
     return [param_group | part for part in parts if part["params"]]
+
+
+def _check_no_matrix(entries: list[Tensor | tuple[str, Tensor]], rank: int | float) -> None:
+    """Refuse a group that leaves the rank open and has matrices, but none that is large enough: it would get AdamW.
+
+    Raises:
+        RecipeError: EW-741.
+    """
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors if tensor.ndim == 2}, key=min)
+    if shapes:
+        raise RecipeError(
+            "EW-741",
+            "the rank is as large as every matrix, so that nothing would be projected",
+            expected=f"a matrix with both sides larger than {rank}",
+            found=f"matrices of at most {list(shapes[-1])}",
+            fix="lower the rank, give it as a fraction (0.25), or leave these to AdamW: rank None for their group",
+        )
 
 
 def _can_be_projected(entry: Tensor | tuple[str, Tensor], rank: int | float) -> bool:

@@ -426,6 +426,17 @@ def test_a_rank_that_a_matrix_does_not_have_is_refused(group, found):
     assert refused.value.code == "EW-741"
 
 
+@every
+def test_a_flat_list_of_which_nothing_can_be_projected_is_refused(kind):
+    """It would be AdamW by another name; norms alone are AdamW's own."""
+    small = [nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(16, 16)), nn.Parameter(torch.zeros(16))]
+    with pytest.raises(RecipeError, match=r"(?s)larger than 16.*\[16, 16\]") as refused:
+        kind(small, rank=16)
+    assert refused.value.code == "EW-741"
+    assert [group["rank"] for group in kind(small, rank=15).param_groups] == [15, None]
+    assert [group["rank"] for group in kind(small[2:], rank=16).param_groups] == [None]
+
+
 @pytest.mark.parametrize(
     "options",
     [
