@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgewright.machine import describe_machine
 
@@ -29,12 +30,12 @@ def header() -> None:
     )
 
 
-def worker(script: str, *arguments: str) -> dict[str, float]:
+def worker(script: str, *arguments: str) -> dict[str, Any]:
     """Run `script` in a process of its own; its last line of output is a JSON object of figures."""
     result = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if result.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{result.stderr[-3000:]}")
-    figures: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    figures: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return figures
 
 

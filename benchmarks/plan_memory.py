@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common import ROOT, header, worker
 
@@ -102,22 +101,27 @@ def measure(recipe: Path, data: Path) -> None:
     print(json.dumps({"memory": stage.peak_memory}))
 
 
-def predict(recipe: Path) -> dict[str, Any]:
-    arguments = [sys.executable, "-m", "edgewright.cli", "plan", str(recipe), "--device", "cpu", "--no-probe", "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def predict(recipe: Path) -> None:
+    """The worker that plans; without advice, which simulates every change by itself."""
+    from edgewright.plan import predicted
+    from edgewright.planner.devices import find_device
+    from edgewright.recipe import load_recipe
+
+    found = predicted(recipe, load_recipe(recipe), find_device("cpu"), 4096, lambda *_: None, advice=False)
+    print(json.dumps(found.to_json()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append")
     parser.add_argument("--worker", nargs=2, type=Path)
+    parser.add_argument("--predict", type=Path)
     arguments = parser.parse_args()
     if arguments.worker:
         measure(*arguments.worker)
+        return
+    if arguments.predict:
+        predict(arguments.predict)
         return
     header()
     worst, outside = 0.0, False
@@ -126,7 +130,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             recipe = Path(folder) / "recipe.yaml"
             recipe.write_text(recipe_text(*CASES[name]), encoding="utf-8")
-            plan = predict(recipe)
+            plan = worker(__file__, "--predict", str(recipe))
             predicted, (low, high) = plan["memory"], plan["memory_range"]
             measured = worker(__file__, "--worker", str(recipe), str(data))["memory"]
         error = predicted["total"] / measured - 1

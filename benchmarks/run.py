@@ -25,6 +25,7 @@ TITLES = {
     "quality": "Quality of every method against dense training, at equal tokens, compute and bytes",
     "method_speed": "Step time and memory of methods against dense training",
     "optimizer_speed": "Time of an update and bytes of state of every optimizer",
+    "seven_billion": "A Llama of 7B in 12 GB",
     "plan_memory": "Predicted against measured memory",
     "plan_time": "Predicted against measured time",
     "guard": "Hostile files: refused, in what time and memory",
