@@ -123,7 +123,8 @@ def main() -> None:
     places = Places(
         data=data_section(arguments.data), work=arguments.work / scale.name, results=arguments.results / scale.name
     )
-    queue = jobs(scale, full=arguments.tier == "full" or bool(arguments.only), seeds=arguments.seeds)
+    everything = arguments.tier == "full" or bool(arguments.only) or arguments.table
+    queue = jobs(scale, full=everything, seeds=arguments.seeds)
     if arguments.only:
         queue = [job for job in queue if job.row.name in arguments.only]
     if arguments.worker:
