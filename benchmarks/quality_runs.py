@@ -344,8 +344,12 @@ ROWS = (
         stages=plain(ternary(quantizer="tequila")), files=TERNARY_FILES,
     ),
     Row(
-        name="ternary-twn", what="ternary, TWN threshold", rate_of="ternary", stages=plain(ternary(quantizer="twn")),
+        name="ternary-twn", what="ternary, TWN threshold", factors=(2.0,), stages=plain(ternary(quantizer="twn")),
         files=TERNARY_FILES,
+    ),
+    Row(
+        name="ternary-decay", what="ternary, weight decay 1", factors=(2.0,), stages=plain(ternary()),
+        optimizer={**ADAMW, "weight_decay": 1.0}, files=TERNARY_FILES,
     ),
     Row(
         name="ternary-seq", what="ternary, learned scale (SEQ)", rate_of="ternary",

@@ -18,7 +18,15 @@ from edgewright.files import write_text
 
 Result = dict[str, Any]
 
-TERNARY = ("ternary", "ternary-linear", "ternary-continued", "ternary-tequila", "ternary-twn", "ternary-seq")
+TERNARY = (
+    "ternary",
+    "ternary-linear",
+    "ternary-continued",
+    "ternary-tequila",
+    "ternary-twn",
+    "ternary-decay",
+    "ternary-seq",
+)
 """Rows of ternary training without a teacher: the best of them is held against the bar."""
 TAUGHT = ("ternary-distilled", "ternary-continued-distilled")
 """Those with one."""
