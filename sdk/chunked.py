@@ -22,6 +22,8 @@ weighted sum of the parts with respect to the logits). The rule owns the logits'
 
 CHUNK_BYTES = 24 * 2**20
 """Size of one float32 chunk of logits: large enough for full GEMM speed, small beside any model's activations."""
+FEWEST_ROWS = 128
+"""Of a chunk: with a vocabulary so large that fewer would do, products would wait for the head's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,8 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows of a chunk whose float32 logits take about `CHUNK_BYTES`."""
-    return max(32, CHUNK_BYTES // (4 * vocabulary))
+    """Rows of a chunk whose float32 logits take about `CHUNK_BYTES`, or more where those would be too few."""
+    return max(FEWEST_ROWS, CHUNK_BYTES // (4 * vocabulary))
 
 
 def chunked_loss(
