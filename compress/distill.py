@@ -5,23 +5,36 @@ Where the teacher's word comes from is a `targets.TargetSource`; what is made of
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from edgewright.compress.loss_config import REST, CrossEntropyConfig, ForwardKLConfig, LossConfig
+from edgewright.compress.loss_config import (
+    MODEL,
+    REST,
+    CrossEntropyConfig,
+    ForwardKLConfig,
+    HiddenLossConfig,
+    LossConfig,
+    TokenLossConfig,
+    UldConfig,
+)
 from edgewright.errors import RecipeError
-from edgewright.objective import ModelInputs, Objective
+from edgewright.objective import BESIDE, ModelInputs, Objective
 from edgewright.student import CheckpointStudentConfig, StageStudentConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from edgewright.chunked import Head
+    from edgewright.compress.recording import Recorder
     from edgewright.compress.targets import TargetSource
 
 TeacherConfig = Annotated[CheckpointStudentConfig | StageStudentConfig, Field(discriminator="type")]
@@ -79,17 +92,37 @@ class DistillConfig(BaseModel):
         Raises:
             RecipeError: EW-781, a loss that cannot use what the source gives.
         """
+        offered = [source.gives.kind, *([MODEL] if source.inside else [])]
         for index, loss in enumerate(self.weighted()):
-            if loss.accepts and source.gives.kind not in loss.accepts:
+            if loss.accepts and not set(loss.accepts) & set(offered):
                 raise RecipeError(
                     "EW-781",
                     f"{loss.function} cannot use what this teacher gives",
                     where=f"objective.losses.{index}",
-                    expected=f"targets of the kind {' or '.join(loss.accepts)}",
-                    found=source.gives.kind,
-                    fix=f"function: {source.gives.kind.replace('sampled', 'rs_kd')}, or a teacher beside the student",
+                    expected=f"a teacher that gives {' or '.join(loss.accepts)}",
+                    found=" and ".join(offered),
+                    fix="take a loss that accepts it (edgewright ls losses), or a model that runs beside the student",
                 )
         return Distill(source, self.weighted())
+
+    @property
+    def crosses_tokenizers(self) -> bool:
+        """Whether the teacher may cut text into other tokens than the data."""
+        return any(isinstance(loss, UldConfig) for loss in self.weighted())
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether one of the losses is of hidden states."""
+        return any(isinstance(loss, HiddenLossConfig) for loss in self.weighted())
+
+    def check_fit(self, student: PretrainedConfig, teacher: PretrainedConfig, where: str) -> None:
+        """Refuse losses of hidden states that two architectures cannot have (EW-785), before anything is loaded."""
+        from edgewright.compress.hidden_terms import Shape
+
+        shapes = Shape.of(student), Shape.of(teacher)
+        for index, loss in enumerate(self.weighted()):
+            if isinstance(loss, HiddenLossConfig):
+                loss.build().fit(*shapes, f"{where}.losses.{index}")
 
 
 def mixture(kl_weight: float | None, temperature: float | None) -> tuple[LossConfig, ...]:
@@ -121,13 +154,57 @@ class Distill(Objective):
         self.source = source
         self.configs = tuple(losses)
         self.parts = _names(self.configs)
-        self.losses = [config.build() for config in self.configs]
+        numbered = list(enumerate(self.configs))
+        self.of_tokens = {index: config.build() for index, config in numbered if isinstance(config, TokenLossConfig)}
+        self.of_hidden = {index: config.build() for index, config in numbered if isinstance(config, HiddenLossConfig)}
         self.weights = self._weights([0.0 if config.weight == REST else config.weight for config in self.configs])
         """At this step; before any, those without schedules."""
+        self._recorders: dict[str, Recorder] = {}
+
+    def attach(self, student: PreTrainedModel) -> None:
+        """Give the student what losses of hidden states train beside it, and begin to look into it.
+
+        Raises:
+            RecipeError: EW-784, EW-785, the architectures do not have what these losses compare.
+        """
+        if not self.of_hidden:
+            return
+        from torch import nn
+
+        from edgewright.compress.hidden_terms import Shape
+        from edgewright.compress.recording import Recorder
+
+        teacher = self.source.architecture()
+        assert teacher is not None, "the objective was checked"
+        shapes = Shape.of(student.config), Shape.of(teacher)
+        made = {i: loss.fit(*shapes, f"objective.losses.{i}") for i, loss in self.of_hidden.items()}
+        beside = nn.ModuleDict({self.parts[i]: module for i, module in made.items() if module is not None})
+        if len(beside):
+            student.add_module(BESIDE, beside.to(next(student.parameters()).device))
+        wanted = [loss.of_student for loss in self.of_hidden.values()]
+        self._recorders["student"] = Recorder(student, functools.reduce(operator.or_, wanted))
+        self._look_into_teacher()
 
     def prepare(self, student: PreTrainedModel, device: torch.device) -> None:
         """Load what the source needs, see `TargetSource.prepare`."""
         self.source.prepare(student, device)
+        self._look_into_teacher()
+
+    def _look_into_teacher(self) -> None:
+        from edgewright.compress.recording import Recorder
+
+        model = self.source.model()
+        if self.of_hidden and model is not None and "teacher" not in self._recorders:
+            wanted = [loss.of_teacher for loss in self.of_hidden.values()]
+            self._recorders["teacher"] = Recorder(model, functools.reduce(operator.or_, wanted))
+
+    def view(self, inputs: ModelInputs) -> ModelInputs:
+        for loss in self.of_hidden.values():
+            inputs = loss.view(inputs)
+        return inputs
+
+    def watching(self) -> AbstractContextManager[None]:
+        return self._recorders["student"].recording() if self.of_hidden else nullcontext()
 
     def teacher(self) -> PreTrainedModel | None:
         return self.source.model()
@@ -149,9 +226,44 @@ class Distill(Objective):
         from edgewright.chunked import chunked_loss
         from edgewright.compress.loss_rule import distillation_rule
 
-        targets = self.source.targets(inputs, dtype)
-        rule = distillation_rule(self.losses, self.weights, inputs.labels.flatten(), targets, scale=scale)
-        return chunked_loss(hidden, head, rule, parts=len(self.parts), dtype=dtype)
+        with self._recorders["teacher"].recording() if self.of_hidden else nullcontext():
+            targets = self.source.targets(inputs, dtype)
+        weights = [self.weights[index] for index in self.of_tokens]
+        asked = any(self.configs[index].accepts and self.weights[index] for index in self.of_tokens)
+        rule = distillation_rule(
+            list(self.of_tokens.values()), weights, inputs.labels.flatten(), targets if asked else None, scale=scale
+        )
+        loss, parts = chunked_loss(hidden, head, rule, parts=len(self.of_tokens), dtype=dtype)
+        if not self.of_hidden:
+            return loss, parts
+        values = parts.new_zeros(len(self.parts))
+        values[list(self.of_tokens)] = parts
+        for index, value in self._hidden_values(hidden, head, inputs, scale=scale, dtype=dtype):
+            loss = loss + value
+            values[index] = value.detach()
+        return loss, values
+
+    def _hidden_values(
+        self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Weighted losses of hidden states, with their numbers; what was recorded is free afterwards."""
+        from edgewright.chunked import IGNORED
+        from edgewright.compress.hidden_terms import Seen
+
+        seen = Seen(
+            student=self._recorders["student"],
+            teacher=self._recorders["teacher"],
+            hidden=hidden.unflatten(0, inputs.input_ids.shape),
+            head=head,
+            inputs=inputs,
+            weights=(inputs.labels != IGNORED).float() * scale,
+            scale=scale,
+            dtype=dtype,
+        )
+        for index, loss in self.of_hidden.items():
+            yield index, self.weights[index] * loss.value(seen)
+        for recorder in self._recorders.values():
+            recorder.forget()
 
     def not_finite(self, inputs: ModelInputs, dtype: torch.dtype) -> tuple[int, int] | None:
         import torch

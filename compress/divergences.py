@@ -59,7 +59,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
 
 def reverse_kl_rows(log_q: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient q (s - sum q s), s = log(q / t)."""
-    return _of_student(log_q.exp(), log_q - log_t)
+    return students_mean(log_q.exp(), log_q - log_t)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
@@ -82,7 +82,7 @@ def jsd_rows(log_q: Tensor, log_t: Tensor, *, beta: float) -> tuple[Tensor, Tens
     """Gradient (1 - beta) q (log(q / m) - KL(q|m))."""
     log_m = _log_mixture(beta, log_t, log_q)
     teachers = (log_t - log_m).mul_(log_t.exp()).sum(-1)
-    students, gradient = _of_student(log_q.exp(), torch.sub(log_q, log_m, out=log_m))
+    students, gradient = students_mean(log_q.exp(), torch.sub(log_q, log_m, out=log_m))
     return beta * teachers + (1.0 - beta) * students, gradient.mul_(1.0 - beta)
 
 
@@ -125,7 +125,7 @@ def skew_reverse_kl_rows(log_q: Tensor, log_t: Tensor, *, alpha: float) -> tuple
     q, gap = log_q.exp(), log_q - _log_mixture(1.0 - alpha, log_t, log_q)
     loss = (gap * q).sum(-1)
     g = gap.sub_(gap.exp().mul_(alpha))  # the 1 falls out
-    return loss, _of_student(q, g)[1]
+    return loss, students_mean(q, g)[1]
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -142,7 +142,7 @@ def total_variation_rows(log_q: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     q = log_q.exp()
     short = log_t.exp().sub_(q)
     loss = short.clamp_min_(0.0).sum(-1)  # what q lacks is what it has too much
-    return loss, _of_student(q, short.sign_().neg_())[1]
+    return loss, students_mean(q, short.sign_().neg_())[1]
 
 
 def lk_hybrid(
@@ -221,7 +221,7 @@ def _log_mixture(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 
-def _of_student(q: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def students_mean(q: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """(sum q s, q (s - sum q s)): expectation of s under the student, and what it does to u; takes s's memory."""
     mean = (q * s).sum(-1)
     return mean, s.sub_(mean[:, None]).mul_(q)

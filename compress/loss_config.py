@@ -13,9 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgewright.schedule import ScheduleConfig
 
 if TYPE_CHECKING:
+    from edgewright.compress.hidden_terms import HiddenLoss
     from edgewright.compress.loss_rule import DenseLoss, TokenLoss
 
 REST: Literal["rest"] = "rest"
+MODEL = "model"
+"""Beside the kinds of targets: the teacher itself, into which losses of hidden states look."""
 
 
 class WeightedConfig(BaseModel):
@@ -189,6 +192,85 @@ class RsKdConfig(_Softened):
         return SparseLoss(rs_kd_rows, made, self.temperature)
 
 
+class UldConfig(_Softened):
+    """For a teacher with another tokenizer: sorted probabilities are compared, whatever tokens they are of (ULD).
+
+    arXiv 2402.12030. Tokens are compared where both models have read the same bytes; the others cost nothing. It does
+    not say which tokens are meant, so it needs cross_entropy beside it.
+    """
+
+    accepts: ClassVar[tuple[str, ...]] = ("aligned", "logits")
+    function: Literal["uld"] = "uld"
+
+    def build(self) -> TokenLoss:
+        from edgewright.compress.uld import Uld
+
+        return Uld(self.temperature)
+
+
+class HiddenLossConfig(WeightedConfig):
+    """A loss of hidden states, for which the teacher has to run beside the student."""
+
+    accepts: ClassVar[tuple[str, ...]] = (MODEL,)
+    function: str
+
+    def build(self) -> HiddenLoss:
+        """What computes it."""
+        raise NotImplementedError
+
+
+class MiniLMConfig(HiddenLossConfig):
+    """Attention relations among queries, keys and values of one layer (MiniLMv2, arXiv 2012.15828)."""
+
+    function: Literal["minilm"] = "minilm"
+    student_layer: int | None = Field(default=None, gt=0)
+    """Its block, from 1; null: the last."""
+    teacher_layer: int | None = Field(default=None, gt=0)
+    """null: the last; an upper middle one is better for large teachers (21 of 24 in the paper)."""
+    relation_heads: int | None = Field(default=None, gt=0)
+    """What the widths of both models are cut into; null: the student's attention heads."""
+
+    def build(self) -> HiddenLoss:
+        from edgewright.compress.hidden_terms import MiniLM
+
+        return MiniLM(self.student_layer, self.teacher_layer, self.relation_heads)
+
+
+class TinyBertConfig(HiddenLossConfig):
+    """Hidden states of mapped layers through one learned projection, mean square (TinyBERT, arXiv 1909.10351)."""
+
+    function: Literal["tinybert"] = "tinybert"
+    layers: tuple[tuple[int, int], ...] | None = Field(default=None, min_length=1)
+    """Pairs of a student's layer and a teacher's, 0 the embeddings; null: evenly, i and i * L_teacher / L_student."""
+
+    def build(self) -> HiddenLoss:
+        from edgewright.compress.hidden_terms import TinyBert
+
+        return TinyBert(self.layers)
+
+
+class HadConfig(HiddenLossConfig):
+    """Features of visible tokens aligned with the teacher's, hidden tokens reconstructed from them (HAD).
+
+    The student sees a text of which a share is hidden, the teacher all of it. After Hybrid Architecture Distillation,
+    of which only a description of the formula was at hand; there both models see in both directions. Here the student
+    is causal, and it is the decoder that looks both ways. All other losses of the list train on the same view.
+    """
+
+    function: Literal["had"] = "had"
+    mask_ratio: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the tokens that the student does not see."""
+    span: int = Field(default=1, gt=0)
+    """Tokens that are hidden together."""
+    reconstruction: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Weight of the cross-entropy of hidden tokens beside the alignment; 0: no decoder."""
+
+    def build(self) -> HiddenLoss:
+        from edgewright.compress.hidden_terms import Had
+
+        return Had(mask_ratio=self.mask_ratio, span=self.span, reconstruction=self.reconstruction)
+
+
 LossConfig = Annotated[
     CrossEntropyConfig
     | ForwardKLConfig
@@ -199,6 +281,10 @@ LossConfig = Annotated[
     | TotalVariationConfig
     | LkHybridConfig
     | TopKConfig
-    | RsKdConfig,
+    | RsKdConfig
+    | UldConfig
+    | MiniLMConfig
+    | TinyBertConfig
+    | HadConfig,
     Field(discriminator="function"),
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from edgewright.chunked import IGNORED, ChunkRule
 from edgewright.compress.divergences import RowDivergence
 from edgewright.compress.sparse_losses import check_taken_at
-from edgewright.compress.targets import Logits, RowTargets, Sampled, Targets, TopK
+from edgewright.compress.targets import Aligned, Logits, RowTargets, Sampled, Targets, TopK
 
 BLOCK_BYTES = 2 * 2**20
 """Of float32 logits, on a CPU."""
@@ -57,7 +58,7 @@ class Block:
     """Some rows, as a loss sees them."""
 
     student: LogProbs
-    teacher: LogProbs | TopK | Sampled | None
+    teacher: LogProbs | TopK | Sampled | Aligned | None
     """None where no loss asks for it."""
     labels: Tensor
     """[R] int64, `IGNORED` where a token is not counted."""
@@ -97,17 +98,18 @@ class DenseLoss(TokenLoss):
 class SparseLoss(TokenLoss):
     """A loss against a few tokens of the teacher: those of a cache, or made here of its whole logits."""
 
-    divergence: Callable[[Tensor, TopK | Sampled], tuple[Tensor, Tensor]]
+    divergence: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+    """(log q [R, V], the targets that it is for) -> as `RowDivergence`."""
     made: Callable[[Tensor], TopK | Sampled]
     """Targets of whole logits [R, V]."""
     temperature: float
 
     def rows(self, block: Block) -> tuple[Tensor, Tensor]:
-        assert block.teacher is not None, "the objective was checked"
         vocabulary = block.student.vocabulary
         targets = block.teacher
         if isinstance(targets, LogProbs):
             targets = self.made(targets.logits[:, :vocabulary])
+        assert isinstance(targets, TopK | Sampled), "the objective was checked"
         check_taken_at(targets.temperature, self.temperature)
         return self.divergence(block.student(self.temperature, vocabulary), targets)
 
@@ -168,7 +170,7 @@ def _overwrite(gradient: Tensor, slopes: Sequence[tuple[Tensor, Tensor]]) -> Non
         gradient[:, : slope.shape[-1]].addcmul_(slope, factor)
 
 
-def _of_block(teacher: RowTargets | None, window: slice) -> LogProbs | TopK | Sampled | None:
+def _of_block(teacher: RowTargets | None, window: slice) -> LogProbs | TopK | Sampled | Aligned | None:
     if teacher is None:
         return None
     found = teacher.rows(window)

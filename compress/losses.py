@@ -13,6 +13,7 @@ from edgewright.compress.divergences import (
     total_variation,
 )
 from edgewright.compress.sparse_losses import rs_kd, top_k
+from edgewright.compress.uld import uld
 
 __all__ = [
     "forward_kl",
@@ -24,4 +25,5 @@ __all__ = [
     "skew_reverse_kl",
     "top_k",
     "total_variation",
+    "uld",
 ]

@@ -1,8 +1,9 @@
 """What a teacher says about the tokens of a micro-batch, and where that comes from: apart from the loss that uses it.
 
 A `TargetSource` (a model beside the student, several of them, a cache on disk) gives the `Targets` of a micro-batch; a
-loss asks them for rows, chunk by chunk, and gets one of three kinds: whole `Logits`, the `TopK` most probable tokens
-with the mass of the rest, or a few `Sampled` tokens with weights. Which kinds a loss accepts stands with the loss.
+loss asks them for rows, chunk by chunk, and gets one of four kinds: whole `Logits`, the `TopK` most probable tokens
+with the mass of the rest, a few `Sampled` tokens with weights, or `Aligned` logits over another vocabulary. Which kinds
+a loss accepts stands with the loss.
 
 Shapes: N tokens of a micro-batch (row-major: token n is position n % S of sequence n // S), C rows of a chunk,
 V vocabulary. The target at a token is the teacher's distribution of the token that *follows* it.
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from edgewright.chunked import Head
     from edgewright.objective import ModelInputs
@@ -139,7 +140,27 @@ class Sampled:
         return cls(ids=ids, weights=weights, temperature=temperature)
 
 
-RowTargets = Logits | TopK | Sampled
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Whole logits of a teacher with another vocabulary, at the tokens of the student that have a place in its text."""
+
+    kind: ClassVar[str] = "aligned"
+
+    values: Tensor
+    """[C, V_teacher] float32 or float64."""
+    present: Tensor
+    """[C] bool: where they mean something."""
+
+    def rows(self, window: slice) -> Aligned:
+        """The targets of some of the rows, views."""
+        return Aligned(self.values[window], self.present[window])
+
+    def finite(self) -> Tensor:
+        """Which rows are finite numbers, bool [C]."""
+        return self.values.isfinite().all(-1)
+
+
+RowTargets = Logits | TopK | Sampled | Aligned
 
 
 class Targets(Protocol):
@@ -167,8 +188,10 @@ class HeadLogits:
 class TargetSource(ABC):
     """Where the targets of a micro-batch come from."""
 
-    gives: ClassVar[type[Logits] | type[TopK] | type[Sampled]]
+    gives: ClassVar[type[Logits] | type[TopK] | type[Sampled] | type[Aligned]]
     """The kind of its targets; it decides which losses can use them, before anything is trained."""
+    inside: ClassVar[bool] = False
+    """Whether it is one model that losses of hidden states can look into (`model`, `architecture`)."""
 
     def prepare(self, student: PreTrainedModel, device: torch.device) -> None:  # noqa: B027 - an optional hook
         """Load or open what gives the targets, and check that it fits the student."""
@@ -180,6 +203,10 @@ class TargetSource(ABC):
         Args:
             dtype: compute type of the matrix products.
         """
+
+    def architecture(self) -> PretrainedConfig | None:
+        """The configuration of that one model, known before it is loaded."""
+        return None
 
     def model(self) -> PreTrainedModel | None:
         """The teacher where there is one model beside the student: it is measured on the held-out text, and losses of

@@ -11,7 +11,7 @@ from edgewright.compress.targets import HeadLogits, Logits, TargetSource
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from edgewright.objective import ModelInputs
 
@@ -25,6 +25,7 @@ class OnlineTeacher(TargetSource):
     """
 
     gives = Logits
+    inside = True
 
     def __init__(self, directory: Path | None = None, *, model: PreTrainedModel | None = None) -> None:
         assert (directory is None) != (model is None), "a directory or a model"
@@ -54,6 +55,14 @@ class OnlineTeacher(TargetSource):
         with torch.no_grad():
             hidden = hidden_states(self._model, inputs)
         return HeadLogits(hidden, output_head(self._model, dtype), dtype)
+
+    def architecture(self) -> PretrainedConfig:
+        from edgewright.preview import stored_architecture
+
+        if self._model is not None:
+            return self._model.config
+        assert self.directory is not None
+        return stored_architecture(self.directory).config
 
     def model(self) -> PreTrainedModel | None:
         return self._model

@@ -204,7 +204,8 @@ class _Checker:
         yield f"{size}, {methods}, {stage.objective.type}"
         yield from start_notes(self.recipe, stage)
         for owner, role, config in self._taught():
-            if owner is stage and config.type == "checkpoint" and config.model in self.sound:
+            crosses = role == "teacher" and stage.objective.type == "distill" and stage.objective.crosses_tokenizers
+            if owner is stage and config.type == "checkpoint" and config.model in self.sound and not crosses:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
         if ahead is not None:
             self._look_at_lattice(stage, ahead)
@@ -220,11 +221,11 @@ class _Checker:
     def _preview(self, stage: StageConfig) -> Preview | None:
         """What its methods would get; None when what it starts from cannot be opened.
 
-        Without any method, and with AdamW, there is nothing to see, and torch is not imported.
+        Without any method or loss of hidden states, and with AdamW, there is nothing to see, and torch is not imported.
         """
-        if not any(other.methods or other.optimizer.chooses for other in self.recipe.stages):
+        if not any(self._says_more(other) for other in self.recipe.stages):
             return None
-        from edgewright.preview import architecture, preview
+        from edgewright.preview import architecture, check_lessons, preview
 
         start = stage.student
         if (start.type == "stage" and start.stage not in self.left) or (
@@ -232,7 +233,14 @@ class _Checker:
         ):
             return None
         model = architecture(self.recipe, stage, self.vocab_size or UNKNOWN_VOCABULARY, self.left)
+        check_lessons(stage, model, self.left)
         return preview(self.recipe, stage, model)
+
+    @staticmethod
+    def _says_more(stage: StageConfig) -> bool:
+        """Whether there is more to see of a stage than its numbers."""
+        inside = stage.objective.type == "distill" and stage.objective.looks_inside
+        return bool(stage.methods) or stage.optimizer.chooses or inside
 
     def _look_at_lattice(self, stage: StageConfig, ahead: Preview) -> None:
         """Where a stage quantizes: what holds that exactly, and whether its exports do."""

@@ -6,6 +6,7 @@ An objective gets hidden states and the head, never logits, so every loss runs i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,11 +36,21 @@ class ModelInputs:
     """Which sequences of the training stream the rows are (`data.Batch.indices`): a cache finds its targets by them."""
 
 
+BESIDE = "beside"
+"""The student's submodule that an objective trains with it: in every checkpoint, and not in the finished model."""
+
+
 class Objective(ABC):
     """The loss of a micro-batch. Subclasses are final."""
 
     parts: tuple[str, ...]
     """Names of the terms that `loss` reports, in order."""
+
+    def attach(self, student: PreTrainedModel) -> None:  # noqa: B027 - an optional hook
+        """Give the student a submodule `BESIDE`, where the objective has something to train.
+
+        Called when the methods have prepared it, before the optimizer is built.
+        """
 
     def prepare(self, student: PreTrainedModel, device: torch.device) -> None:  # noqa: B027 - an optional hook
         """Load what the objective needs besides the student, and check that it fits."""
@@ -47,6 +58,14 @@ class Objective(ABC):
     def teacher(self) -> PreTrainedModel | None:
         """The model that the student learns from, to be measured once on the same held-out text."""
         return None
+
+    def view(self, inputs: ModelInputs) -> ModelInputs:
+        """What the student sees of a micro-batch, if not all; `loss` gets all of it."""
+        return inputs
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Around the student's forward of a training step."""
+        return nullcontext()
 
     def begin_step(self, step: int, total_steps: int) -> None:  # noqa: B027 - an optional hook
         """Called before the micro-batches of optimizer step `step` (from 0); what it sets follows from these two."""

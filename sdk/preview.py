@@ -86,7 +86,9 @@ def check_stages(recipe: Recipe, vocab_size: int, finished: Mapping[str, Path]) 
             left[stage.name] = stored_architecture(finished[stage.name])
         else:
             check_starts(recipe, stage)
-            left[stage.name] = preview(recipe, stage, architecture(recipe, stage, vocab_size, left)).left
+            student = architecture(recipe, stage, vocab_size, left)
+            check_lessons(stage, student, left)
+            left[stage.name] = preview(recipe, stage, student).left
 
 
 def check_starts(recipe: Recipe, stage: StageConfig) -> None:
@@ -104,6 +106,29 @@ def check_starts(recipe: Recipe, stage: StageConfig) -> None:
     for role, start in starts:
         if isinstance(start, CheckpointStudentConfig):
             check_head_of_family(stored_architecture(start.model), f"{role} of stage {stage.name}")
+
+
+def check_lessons(stage: StageConfig, student: PreTrainedModel, left: Mapping[str, PreTrainedModel]) -> None:
+    """Refuse losses of hidden states for which a stage's student and teacher do not have the layers.
+
+    Args:
+        left: what earlier stages leave, as far as that is known.
+
+    Raises:
+        RecipeError: EW-785, with the layers that there are.
+    """
+    from edgewright.compress.distill import DistillConfig
+
+    objective = stage.objective
+    if not isinstance(objective, DistillConfig) or not objective.looks_inside:
+        return
+    teacher = objective.teacher
+    if isinstance(teacher, CheckpointStudentConfig):
+        found: PreTrainedModel | None = stored_architecture(teacher.model)
+    else:
+        found = left.get(teacher.stage) if isinstance(teacher, StageStudentConfig) else None
+    if found is not None:
+        objective.check_fit(student.config, found.config, f"stage {stage.name}: objective")
 
 
 class KnownHidden(nn.Module):

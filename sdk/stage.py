@@ -33,7 +33,7 @@ from edgewright.student import (
 )
 from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, free_decisions, memory_decisions
 from edgewright.vocabulary import check_rows, check_same_tokens
-from edgewright.weights import check_weights, hold_weights_as, plain_state_dict
+from edgewright.weights import check_weights, hold_weights_as, plain_state_dict, without_beside
 from edgewright.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def train_stage(
         for stream in (corpus.train, corpus.held_out)
     )
     objective = _objective(stage, model, corpus, earlier, say)
+    objective.attach(model)
     module = TrainingModule(model, objective, getattr(torch, state.decisions["precision"]))
     job = Job(
         model=model,
@@ -328,6 +329,7 @@ def _objective(
     earlier: dict[str, Path],
     say: Callable[[str], None],
 ) -> Objective:
+    from edgewright.compress.cross_tokenizer import CrossTokenizerTeacher
     from edgewright.compress.teacher import OnlineTeacher
     from edgewright.objective import NextTokenConfig
     from edgewright.preview import stored_architecture
@@ -337,6 +339,9 @@ def _objective(
         return config.build()
     teacher = model_of(config.teacher, earlier)
     role = f"teacher of stage {stage.name}"
+    if config.crosses_tokenizers:
+        say(f"note: {role}: it reads the text in its own tokens, and is compared where both have read the same")
+        return config.build(CrossTokenizerTeacher(OnlineTeacher(teacher), corpus.tokenizer_dir, teacher))
     rows = stored_architecture(teacher).config.get_text_config().vocab_size
     for note in (
         *check_same_tokens(corpus.tokenizer_dir, teacher, role=role),
@@ -379,7 +384,7 @@ def _write_model(
         shutil.rmtree(leftover)
     with disk_errors(target):
         with without_progress_bars():
-            plain.save_pretrained(temporary, state_dict=plain_state_dict(plain))
+            plain.save_pretrained(temporary, state_dict=without_beside(plain, plain_state_dict(plain)))
         mark(plain, temporary)
         extra_files(temporary)
         if lattice:

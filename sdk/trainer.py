@@ -54,10 +54,13 @@ class TrainingModule(nn.Module):
 
     def forward(self, inputs: ModelInputs, scale: float, objective: Objective | None = None) -> tuple[Tensor, Tensor]:
         """(loss [], parts [P]) of a micro-batch, by the stage's objective unless another is given."""
-        with torch.autocast(inputs.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = hidden_states(self.model, inputs)
+        objective = objective or self.objective
+        seen = objective.view(inputs)
+        narrow = torch.autocast(inputs.input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with objective.watching(), narrow:
+            hidden = hidden_states(self.model, seen)
             head = output_head(self.model)
-        return (objective or self.objective).loss(hidden, head, inputs, scale=scale, dtype=self.dtype)
+        return objective.loss(hidden, head, inputs, scale=scale, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,16 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     return {name: plain.get(id(tensor), tensor.detach()) for name, tensor in state.items()}
 
 
+def without_beside(model: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """A state dict (None: the model's own) without what an objective trained beside the model."""
+    from edgewright.objective import BESIDE
+
+    if all(name != BESIDE for name, _ in model.named_children()):
+        return state
+    whole = model.state_dict() if state is None else state
+    return {name: tensor for name, tensor in whole.items() if not name.startswith(f"{BESIDE}.")}
+
+
 def stored_parts(model: nn.Module) -> dict[str, Tensor]:
     """What weights in eight bits are stored as, `{"model.layers.0...weight/codes": tensor}`.
 

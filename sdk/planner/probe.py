@@ -94,6 +94,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     else:
         assert stage.objective.teacher.type == "checkpoint", "only then there is a teacher to load"
         objective = stage.objective.build(OnlineTeacher(stage.objective.teacher.model))
+    objective.attach(model)
     settings = stage.training
     module = TrainingModule(model, objective, getattr(torch, decisions["precision"]))
     job = Job(

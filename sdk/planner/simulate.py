@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,12 @@ class _Labelled(Objective):
         self.inner = inner
         self.ledger = ledger
 
+    def view(self, inputs: ModelInputs) -> ModelInputs:
+        return self.inner.view(inputs)
+
+    def watching(self) -> AbstractContextManager[None]:
+        return self.inner.watching()
+
     def loss(
         self, hidden: Tensor, head: Head, inputs: ModelInputs, *, scale: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -135,7 +141,10 @@ def simulate(case: Case) -> Step:
             ledger.assign_all(student, "weights")
         with ledger.part("teacher"):
             teacher = None if case.teacher is None else _weightless(case.teacher).eval().requires_grad_(False)
-        run = _Run(case, student, methods, _objective(case, teacher, ledger), ledger)
+        objective = _objective(case, teacher, ledger)
+        with ledger.part("weights"):
+            objective.attach(student)
+        run = _Run(case, student, methods, objective, ledger)
         run.step()
         started, before = len(ledger.events), ledger.operations
         ledger.begin_peak()

@@ -74,11 +74,13 @@ CASES = [
     Case("skew_reverse_kl", {"alpha": 0.2}),
     Case("total_variation"),
     Case("lk_hybrid", {"decay": 3.0}),
+    Case("uld"),
     Case("top_k", kept=lambda logits, temperature: TopK.of(logits, 4, temperature=temperature)),
     Case("rs_kd", kept=_drawn),
 ]
 IDS = ["-".join([case.name, *(f"{value:g}" for value in case.settings.values())]) for case in CASES]
-DENSE = [case for case in CASES if case.kept is None]
+DENSE = [case for case in CASES if case.kept is None and case.name != "uld"]
+"""They compare the tokens that both have."""
 
 
 def logits(rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
