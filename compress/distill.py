@@ -177,10 +177,11 @@ class Distill(Objective):
         teacher = self.source.architecture()
         assert teacher is not None, "the objective was checked"
         shapes = Shape.of(student.config), Shape.of(teacher)
-        made = {i: loss.fit(*shapes, f"objective.losses.{i}") for i, loss in self.of_hidden.items()}
+        with next(student.parameters()).device:
+            made = {i: loss.fit(*shapes, f"objective.losses.{i}") for i, loss in self.of_hidden.items()}
         beside = nn.ModuleDict({self.parts[i]: module for i, module in made.items() if module is not None})
         if len(beside):
-            student.add_module(BESIDE, beside.to(next(student.parameters()).device))
+            student.add_module(BESIDE, beside)
         wanted = [loss.of_student for loss in self.of_hidden.values()]
         self._recorders["student"] = Recorder(student, functools.reduce(operator.or_, wanted))
         self._look_into_teacher()

@@ -217,7 +217,7 @@ def _entry(entry: dict[str, Any]) -> list[str]:
 def _value(value: object) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key} {_value(inner)}" for key, inner in value.items()) or "-"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (", ".join(map(str, value)) or "-") if isinstance(value, list) else str(value)
 
 
 def _doctor(result: dict[str, Any]) -> str:

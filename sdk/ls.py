@@ -84,8 +84,8 @@ def _losses() -> list[Entry]:
     for config in _sections(LossConfig):
         assert issubclass(config, WeightedConfig)
         entry = _section(config)
-        python = f"edgewright.compress.losses.{entry['name']}" if entry["name"] in losses.__all__ else None
-        functions.append({**entry, "accepts": list(config.accepts), "python": python})
+        plain = {"python": f"edgewright.compress.losses.{entry['name']}"} if entry["name"] in losses.__all__ else {}
+        functions.append({**entry, "accepts": list(config.accepts), **plain})
     return [*(_section(config) for config in _sections(ObjectiveConfig)), *functions]
 
 

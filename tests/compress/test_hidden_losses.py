@@ -253,7 +253,8 @@ LOSSES = (
     "stages.student.objective.losses=[{function: tinybert, weight: 0.3}, {function: had, weight: 0.2}, "
     "{function: minilm, weight: 0.2}, {function: forward_kl, weight: 0.3}, {function: cross_entropy, weight: 0.1}]"
 )
-OTHERS = ["stages.student.objective.kl_weight=null", LOSSES]
+WITHOUT = ["stages.student.objective.kl_weight=null"]
+OTHERS = [*WITHOUT, LOSSES]
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +299,24 @@ def test_a_layer_that_does_not_exist_is_found_before_the_first_stage(taught: tup
     assert not list((tmp_path / "run").rglob("step-*"))
     report = edgewright.check(recipe, OTHERS[0], layers)
     assert [error.code for error in report.errors] == ["EW-785"]
+
+
+def test_the_planner_counts_what_trains_beside_the_student(taught: tuple[Path, Path]) -> None:
+    recipe, _ = taught
+    plain = edgewright.plan(recipe, *WITHOUT, device="24GB", probe=False).to_json()["memory"]
+    inside = edgewright.plan(recipe, *OTHERS, device="24GB", probe=False).to_json()["memory"]
+    assert inside["total"] > plain["total"] > 0  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_a_compiled_student_is_looked_into_as_well(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = taught
+    compiled = tmp_path / "run"
+    fp32 = "stages.student.training.precision=fp32"
+    ends = []
+    for directory, wish in ((tmp_path / "plain", "off"), (compiled, "on")):
+        shutil.copytree(run, directory)
+        shutil.rmtree(directory / "stages/student")
+        edgewright.run(recipe, *OTHERS, fp32, f"stages.student.training.compile={wish}", f"output_dir={directory}")
+        ends.append([float.fromhex(loss) for _, loss in curve(directory, "student")])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3)
