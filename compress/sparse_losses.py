@@ -37,7 +37,6 @@ def top_k(student_logits: Tensor, teacher_logits: Tensor | TopK, *, k: int = 50,
     """
     check_temperature(temperature)
     if isinstance(teacher_logits, Tensor):
-        check_k(k, teacher_logits.shape[-1])
         teacher_logits = TopK.of(at_least_float32(teacher_logits), k, temperature=temperature)
     check_taken_at(teacher_logits.temperature, temperature)
     log_q = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
@@ -104,14 +103,6 @@ def rs_kd_rows(log_q: Tensor, targets: Sampled) -> tuple[Tensor, Tensor]:
     weights = targets.weights.to(log_q.dtype)
     loss = -(weights * log_q.gather(-1, targets.ids)).sum(-1)
     return loss, log_q.exp().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, targets.ids, -weights)
-
-
-def check_k(k: int, vocabulary: int) -> None:
-    """Refuse a k that no vocabulary of this size has (EW-780)."""
-    if not 1 <= k <= vocabulary:
-        raise RecipeError(
-            "EW-780", "there are not so many tokens to keep", expected=f"k of 1 to {vocabulary}", found=f"k of {k}"
-        )
 
 
 def check_taken_at(theirs: float, wanted: float) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgewright.errors import RecipeError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -80,7 +82,18 @@ class TopK:
 
     @classmethod
     def of(cls, logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
-        """The `k` largest of softmax(logits / temperature), largest first. logits: [N, V], k <= V."""
+        """The `k` largest of softmax(logits / temperature), largest first. logits: [N, V].
+
+        Raises:
+            RecipeError: EW-780, the vocabulary has no k tokens.
+        """
+        if not 1 <= k <= logits.shape[-1]:
+            raise RecipeError(
+                "EW-780",
+                "there are not so many tokens to keep",
+                expected=f"k of 1 to {logits.shape[-1]}",
+                found=f"k of {k}",
+            )
         log_probs, ids = F.log_softmax(logits / temperature, dim=-1).topk(k, dim=-1)
         return cls(
             ids=ids,

@@ -143,6 +143,14 @@ def test_a_divergence_of_exactly_nothing_is_an_error_after_a_hundred_steps() -> 
         made.after_step(nothing, kept)
 
 
+def test_more_tokens_than_there_are_cannot_be_kept(taught: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, run = taught
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "stages/student")
+    with pytest.raises(RecipeError, match="(?s)EW-780.*k of 1 to 300.*k of 301"):
+        edgewright.run(recipe, *WITHOUT, f"{LOSSES}=[{{function: top_k, k: 301}}]", f"output_dir={copy}")
+
+
 def test_padding_is_left_out_with_a_note_and_missing_tokens_are_refused(tmp_path: Path) -> None:
     assert check_rows(100, 100, 90, role="teacher", where=tmp_path) == []
     (note,) = check_rows(151_936, 152_064, 151_000, role="teacher", where=tmp_path)
