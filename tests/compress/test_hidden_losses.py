@@ -309,7 +309,7 @@ def test_the_planner_counts_what_trains_beside_the_student(taught: tuple[Path, P
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_student_is_looked_into_as_well(taught: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, run = taught
     compiled = tmp_path / "run"
