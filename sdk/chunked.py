@@ -110,7 +110,8 @@ class _ChunkedLoss(torch.autograd.Function):
         compute_weight, compute_bias = weight.to(dtype), _cast(bias, dtype)
         hidden_gradient = torch.empty_like(hidden)
         exact = accumulated(dtype)
-        weight_gradient = torch.zeros(weight.shape, dtype=exact, device=weight.device)
+        trained = ctx.needs_input_grad[1]  # the gradient of a frozen head would be as large as the head
+        weight_gradient = torch.zeros(weight.shape, dtype=exact, device=weight.device) if trained else None
         bias_gradient = None if bias is None else torch.zeros(bias.shape, dtype=exact, device=weight.device)
         values = torch.zeros(parts, dtype=exact, device=hidden.device)
         rows = chunk_rows(weight.shape[0])
@@ -127,6 +128,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 bias_gradient += gradient.sum(0)
             gradient = gradient.to(dtype)
             hidden_gradient[window] = gradient @ compute_weight
+            if weight_gradient is None:
+                continue
             if dtype == exact:
                 weight_gradient.addmm_(gradient.T, chunk)
             else:
@@ -147,7 +150,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             hidden_gradient.mul_(loss_gradient),
-            weight_gradient.mul_(loss_gradient).to(weight_dtype),
+            None if weight_gradient is None else weight_gradient.mul_(loss_gradient).to(weight_dtype),
             None if bias_gradient is None else bias_gradient.mul_(loss_gradient).to(bias_dtype),
             None,
             None,

@@ -20,8 +20,8 @@ def start_notes(recipe: Recipe, stage: StageConfig) -> list[str]:
     start = stage.student
     if start.type == "preset":
         return [
-            f"{method.type} freezes the weights that it starts from, and those of a preset are random: its rank grows "
-            "by merges alone; start from an earlier stage or a checkpoint"
+            f"{method.type} freezes the weights that it starts from, and those of a preset are random: all that is "
+            "learned goes through its small ranks; start from an earlier stage or a checkpoint"
             for method in stage.methods
             if method.freezes
         ]

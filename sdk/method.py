@@ -83,6 +83,14 @@ class Method(ABC):
             raise TypeError(f"the method {cls.type!r} is defined twice: was `compress` imported without `edgewright.`?")
         Method.registry[cls.type] = cls
 
+    def before_device(self, model: PreTrainedModel, device: str) -> str | None:
+        """Called before the model gets to its device, which may be too small for it: store narrow what stays frozen.
+
+        Returns:
+            What is stored how, in a sentence; None where nothing is.
+        """
+        return None
+
     @abstractmethod
     def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
         """The layers that `prepare` changes, by name. It changes nothing and reads no weight: they may be on meta.

@@ -19,6 +19,7 @@ from edgewright import recipe_shape as shape
 from edgewright.compress.distill import DistillConfig
 from edgewright.compress.granet import GranetConfig
 from edgewright.compress.integer import IntegerConfig
+from edgewright.compress.lora import LoraConfig
 from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig
 from edgewright.compress.sltrain import SLTrainConfig
@@ -51,7 +52,14 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """A word that is a folder's name as well."""
 ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig, Field(discriminator="type")]
 MethodConfig = Annotated[
-    GranetConfig | IntegerConfig | LostConfig | LowRankConfig | SLTrainConfig | SparseConfig | TernaryConfig,
+    GranetConfig
+    | IntegerConfig
+    | LoraConfig
+    | LostConfig
+    | LowRankConfig
+    | SLTrainConfig
+    | SparseConfig
+    | TernaryConfig,
     Field(discriminator="type"),
 ]
 OptimizerConfig = Annotated[

@@ -162,6 +162,7 @@ def _methods(stage: dict[str, Any], path: TreePath) -> Iterator[Problem]:
     """Twice the same method only where each leaves layers to the other: EW-711 tells later of those that both want."""
     everything: dict[str, bool] = {}
     methods = stage.get("methods")
+    yield from _after_freezing(methods, path)
     for index, method in enumerate(methods if isinstance(methods, list) else []):
         kind = method.get("type") if isinstance(method, dict) else None
         if not isinstance(kind, str):
@@ -179,3 +180,26 @@ def _methods(stage: dict[str, Any], path: TreePath) -> Iterator[Problem]:
                 fix=fix,
             )
         everything[kind] = takes_all or everything.get(kind, False)
+
+
+FREEZES_THE_REST = "lora"
+"""The method that freezes what no method before it trains."""
+
+
+def _after_freezing(methods: Any, path: TreePath) -> Iterator[Problem]:
+    """Methods after one that freezes the rest of the model: their layers would be frozen before they get them."""
+    kinds = [
+        method.get("type") if isinstance(method, dict) else None
+        for method in (methods if isinstance(methods, list) else [])
+    ]
+    first = kinds.index(FREEZES_THE_REST) if FREEZES_THE_REST in kinds else len(kinds)
+    for index, kind in enumerate(kinds):
+        if index > first and isinstance(kind, str) and kind != FREEZES_THE_REST:
+            yield Problem(
+                code="EW-125",
+                what=f"{dotted(path)} uses the method {kind} after {FREEZES_THE_REST}, which freezes its layers",
+                path=(*path, "methods", index),
+                expected=f"{FREEZES_THE_REST} as the last method",
+                found=kind,
+                fix=f"put {FREEZES_THE_REST} last",
+            )

@@ -148,12 +148,16 @@ def train_stage(
     stored = hold_weights_as(model, state.decisions["weights"])  # before the device sees them, which may be too small
     if stored:
         say(f"{stage.name}: {stored}")
+    methods: list[Method] = [config.build() for config in stage.methods]
+    for key, method in by_key(methods).items():
+        narrow = method.before_device(model, state.decisions["device"])
+        if narrow:
+            say(f"{key}: {narrow}")
     for note in stage.optimizer.notes(state.decisions["device"]):
         say(f"note: {note}")
     if state.decisions["sharding"] == "none":  # else the weights get to the devices in parts
         model.to(state.decisions["device"])
     check_head(model, f"start of stage {stage.name}")
-    methods: list[Method] = [config.build() for config in stage.methods]
     if state.decisions["gradient_release"]:
         check_release(methods)
     for method in methods:

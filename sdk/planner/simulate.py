@@ -205,7 +205,8 @@ class _Run:
 
     def step(self) -> float:
         """Take it; the operations of forward and backward for the whole global batch."""
-        context, counter, ledger = _context(), FlopCounterMode(display=False, custom_mapping=ATTENTION), self.ledger
+        context, ledger = _context(), self.ledger
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION | self._products())
         for method in self.methods:
             method.before_step(context)
         self.update.begin(self.case.stage.optimizer.learning_rate)
@@ -228,6 +229,14 @@ class _Run:
             for method in self.methods:
                 method.after_step(context)
         return counter.get_total_flops() * pieces  # the counter starts anew with every micro-batch
+
+    def _products(self) -> dict[Any, Any]:
+        """Products that torch does not count; bitsandbytes is not imported for a stage without weights in 4 bits."""
+        if not any(module.__class__.__name__ == "FourBitLinear" for module in self.module.modules()):
+            return {}
+        from edgewright.compress.four_bits import FOUR_BIT_PRODUCTS
+
+        return FOUR_BIT_PRODUCTS
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from edgewright.compress.choice import LayerChoice
 from edgewright.compress.granet import GranetConfig
 from edgewright.compress.integer import IntegerConfig
+from edgewright.compress.lora import LoraConfig
 from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig, ReLoRAConfig
 from edgewright.compress.sltrain import SLTrainConfig
@@ -50,6 +51,11 @@ CASES = [
     Case(name="integer-q8_0", config=IntegerConfig(format="q8_0"), quantizes=True),
     Case(name="integer-4-bits-of-64", config=IntegerConfig(format="matmulnbits", block=64), quantizes=True),
     Case(name="integer-8-bits-of-128", config=IntegerConfig(format="matmulnbits", bits=8, block=128), quantizes=True),
+    Case(name="lora", config=LoraConfig(rank=8), limit=LoraConfig(rank=8)),  # B = 0
+    Case(name="lora-dora", config=LoraConfig(rank=4, dora=True, dropout=0.1), limit=LoraConfig(rank=4, dora=True)),
+    Case(name="lora-norms", config=LoraConfig(rank_fraction=0.1, alpha=8.0, dropout=0.2, train_norms=True)),
+    Case(name="lora-nf4", config=LoraConfig(rank=8, quantize_base="nf4")),
+    Case(name="lora-fp4-dora", config=LoraConfig(rank=8, quantize_base="fp4", dora=True)),
     Case(
         name="lost",
         config=LostConfig(rank_fraction=0.25, columns=0.05),
