@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.compress.layers import CompressedLinear
+from edgewright.imports import no_kernels_from_a_hub
 
 NAME = "default"
 """What peft calls the only adapter of a layer."""
@@ -95,7 +96,8 @@ def _adapter(linear: nn.Linear, *, rank: int, alpha: float, dropout: float, dora
     It is made without memory and filled afterwards: peft would move its weights to the device of the layer's, which
     tensors without memory, as the planner's are, refuse.
     """
-    import peft
+    with no_kernels_from_a_hub():
+        import peft
 
     config: Any = peft.LoraConfig  # which says that alpha is an integer, and takes any number
     holder: Any = nn.Module()

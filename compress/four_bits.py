@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor, nn
+
+from edgewright.imports import no_kernels_from_a_hub
+
+with no_kernels_from_a_hub():
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
 FourBitKind = Literal["nf4", "fp4"]
 

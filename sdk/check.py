@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgewright.export.lattice import LatticeTensor
     from edgewright.preview import Preview
     from edgewright.recipe import ExportConfig, Recipe, StageConfig
+    from edgewright.show_batch import ShownBatch
     from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
 FIRST_PIECES = 64
@@ -60,6 +61,8 @@ class CheckReport:
     checks: tuple[Check, ...]
     parameters: dict[str, int]
     errors: tuple[EdgewrightError, ...]
+    batch: ShownBatch | None = None
+    """What was asked for with `show_batch`."""
 
     @property
     def ok(self) -> bool:
@@ -78,22 +81,25 @@ class CheckReport:
             "checks": [{"what": c.what, "status": c.status, "found": c.found} for c in self.checks],
             "parameters": self.parameters,
             "errors": [{**error.to_json(), "message": error.message()} for error in self.errors],
+            **({} if self.batch is None else {"batch": self.batch.to_json()}),
         }
 
 
-def check(recipe: str | Path, *overrides: str) -> CheckReport:
+def check(recipe: str | Path, *overrides: str, show_batch: bool = False) -> CheckReport:
     """Validate a recipe, open its corpus, tokenizer and models, look at the disk. Nothing is trained or written.
 
     Args:
         recipe: path of the YAML file.
         overrides: `section.key=value`.
+        show_batch: also prepare the corpus (in a temporary folder, unless the run has it) and give the first batch of
+            the first stage: tokens, what is learned of them, where documents meet.
 
     Raises:
         RecipeErrors: the recipe itself is wrong; all errors at once, and nothing else is looked at.
     """
     from edgewright.recipe import load_recipe
 
-    return _Checker(Path(recipe), load_recipe(recipe, overrides)).report()
+    return _Checker(Path(recipe), load_recipe(recipe, overrides)).report(show_batch=show_batch)
 
 
 class _Checker:
@@ -107,10 +113,11 @@ class _Checker:
         self.parameters: dict[str, int] = {}
         self.vocab_size: int | None = None
         self.sound: set[Path] = set()
+        self.batch: ShownBatch | None = None
         self.left: dict[str, PreTrainedModel] = {}
         """What the stages leave that could begin."""
 
-    def report(self) -> CheckReport:
+    def report(self, *, show_batch: bool = False) -> CheckReport:
         self._try("corpus", self._corpus)
         self._try("tokenizer", self._tokenizer)
         for directory in sorted(set(self._models())):
@@ -118,12 +125,24 @@ class _Checker:
         for stage in self.recipe.stages:
             self._try(f"stage {stage.name}", partial(self._stage, stage))
         self._try("disk", self._disk)
+        if show_batch:
+            self._try("batch", self._show)
         return CheckReport(
             recipe=self.path,
             checks=tuple(self.checks),
             parameters=self.parameters,
             errors=tuple(self.errors),
+            batch=self.batch,
         )
+
+    def _show(self) -> Iterator[str]:
+        """The first batch, and as notes what was said while the corpus was prepared."""
+        from edgewright.show_batch import show_batch
+
+        said: list[str] = []
+        self.batch = show_batch(self.recipe, said.append)
+        yield f"{len(self.batch.rows)} sequences, {self.batch.learned:,} tokens are learned"
+        yield from said
 
     def _try(self, what: str, look: Callable[[], Iterator[str]]) -> None:
         """Note what a look finds: the first line is what was found, further ones are notes."""

@@ -174,6 +174,9 @@ def _root(
 def check(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.")] = None,
     overrides: Overrides = None,
+    batch: Annotated[
+        bool, typer.Option("--show-batch", help="Show the first batch: tokens, what of them is learned, borders.")
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -189,7 +192,11 @@ def check(
     from edgewright.check import check
 
     with _quiet_stdout():
-        result = check(_required(recipe, "RECIPE"), *(overrides or []))
+        result = check(_required(recipe, "RECIPE"), *(overrides or []), show_batch=batch)
+    if result.batch is not None and not as_json:
+        from edgewright.show_batch import console, print_batch
+
+        print_batch(result.batch, console())
     _show("check", result, as_json)
     raise typer.Exit(result.exit_code)
 

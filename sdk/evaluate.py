@@ -119,8 +119,54 @@ def evaluate_session(
     Raises:
         BadInput: EW-210, no text at all.
     """
+    parts = _parts(session, documents, min(window, session.context_length))
+    return _measure(session, parts, max_tokens, seed)
+
+
+def evaluate_examples(
+    session: Session,
+    examples: Iterable[tuple[Sequence[int], Sequence[bool]]],
+    *,
+    bytes_per_token: float,
+    max_tokens: int,
+    window: int = 512,
+    seed: int | None = None,
+) -> Evaluation:
+    """Measure an open session on what is learned of examples, and on nothing else.
+
+    Args:
+        examples: (token ids with all that the template gave them, which of them count) of each example.
+        bytes_per_token: of the tokens that count.
+        max_tokens, window, seed: as for `evaluate_session`; tokens that count.
+
+    Raises:
+        BadInput: EW-210, nothing counts.
+    """
     length = min(window, session.context_length)
-    parts = _parts(session, documents, length)
+    return _measure(session, _counted_parts(examples, length, bytes_per_token), max_tokens, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A window: its inputs, the positions whose predictions count, what they should be, and the bytes of that."""
+
+    document: int
+    inputs: list[int]
+    places: list[int]
+    targets: list[int]
+    bytes: float
+
+    def first(self, most: int) -> _Part:
+        """The first predictions alone."""
+        if most >= len(self.targets):
+            return self
+        share = self.bytes * most / len(self.targets)
+        return _Part(
+            self.document, self.inputs[: self.places[most - 1] + 1], self.places[:most], self.targets[:most], share
+        )
+
+
+def _measure(session: Session, parts: Iterable[_Part], max_tokens: int, seed: int | None) -> Evaluation:
     if seed is not None:
         everything = list(parts)
         parts = (everything[index] for index in np.random.default_rng(seed).permutation(len(everything)))
@@ -128,18 +174,18 @@ def evaluate_session(
     sizes: list[int] = []
     shares: list[float] = []
     seen: set[int] = set()
-    for document, inputs, targets, size in parts:
+    for whole in parts:
         left = max_tokens - sum(sizes)
         if left <= 0:
             break
-        inputs, targets, size = inputs[:left], targets[:left], size * min(left, len(targets)) / len(targets)
+        part = whole.first(left)
         session.rewind(0)
-        logits = session.append(inputs, "all")
+        logits = session.append(part.inputs, "all")
         assert logits is not None
-        nats.append(float(negative_log_likelihood(logits, targets).sum()))
-        sizes.append(len(targets))
-        shares.append(size)
-        seen.add(document)
+        nats.append(float(negative_log_likelihood(logits[part.places], part.targets).sum()))
+        sizes.append(len(part.targets))
+        shares.append(part.bytes)
+        seen.add(part.document)
     if not sizes:
         raise BadInput(
             "EW-210", "there is no text to evaluate on", expected="at least one token", fix="give files with text"
@@ -160,13 +206,24 @@ def evaluate_session(
     )
 
 
-def _parts(
-    session: Session, documents: Iterable[tuple[Sequence[int], int]], length: int
-) -> Iterator[tuple[int, list[int], list[int], float]]:
-    """(document, inputs, targets, bytes of the targets) of every window; bytes by the document's mean per token."""
+def _parts(session: Session, documents: Iterable[tuple[Sequence[int], int]], length: int) -> Iterator[_Part]:
+    """Every window, all of whose predictions count; bytes by the document's mean per token."""
     for number, (tokens, size) in enumerate(documents):
         for inputs, targets in windows([session.start_id, *tokens], length):
-            yield number, inputs, targets, size * len(targets) / len(tokens)
+            share = size * len(targets) / len(tokens)
+            yield _Part(number, inputs, list(range(len(targets))), targets, share)
+
+
+def _counted_parts(
+    examples: Iterable[tuple[Sequence[int], Sequence[bool]]], length: int, bytes_per_token: float
+) -> Iterator[_Part]:
+    """Every window with a prediction that counts."""
+    for number, (tokens, counted) in enumerate(examples):
+        for start, (inputs, targets) in zip(range(0, len(tokens) - 1, length), windows(tokens, length), strict=True):
+            places = [place for place in range(len(targets)) if counted[start + place + 1]]
+            chosen = [targets[place] for place in places]
+            if places:
+                yield _Part(number, inputs, places, chosen, bytes_per_token * len(places))
 
 
 def _interval(bits: float, window_bits: np.ndarray, window_bytes: np.ndarray) -> tuple[float, float] | None:

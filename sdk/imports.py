@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import cast
 
 
 @contextmanager
@@ -24,3 +28,22 @@ def no_collection() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()  # all that is new joins the oldest generation, which is searched last
             gc.enable()
+
+
+@contextmanager
+def no_kernels_from_a_hub() -> Iterator[None]:
+    """Import bitsandbytes, or what imports it, inside: with the package `kernels` it would fetch code and run it.
+
+    It does without, and its warning that it has to is not shown.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before, quiet = sys.modules.get("kernels"), logger.disabled
+    sys.modules["kernels"] = cast(ModuleType, None)  # so that importing it fails
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = quiet
+        del sys.modules["kernels"]
+        if before is not None:
+            sys.modules["kernels"] = before

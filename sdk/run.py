@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from edgewright.files import write_json, write_text
 
 if TYPE_CHECKING:
     from edgewright.data import Corpus
+    from edgewright.data.held_out import HeldOut
     from edgewright.evaluate import Evaluation
     from edgewright.recipe import Recipe
     from edgewright.world import World
@@ -100,7 +100,7 @@ class _Run:
         self.directory = directory
         self.say = say
         self.world = world
-        self.held_out: list[str] = []
+        self.evaluated: HeldOut | None = None
 
     def finish(self, stop: Any) -> RunResult:
         from edgewright.data import prepare_data
@@ -229,7 +229,7 @@ class _Run:
         from edgewright.machine import describe_machine
         from edgewright.planner.disk import disk_used
 
-        self.held_out = self._held_out(corpus) if self.recipe.evaluate else []
+        self.evaluated = self._held_out(corpus) if self.recipe.evaluate else None
         models = {config.model: None for config in self.recipe.exports} | dict.fromkeys(stages)
         checkpoints = []
         for name in models:
@@ -303,30 +303,26 @@ class _Run:
             **dict.fromkeys(_SPEED),
         }
 
-    def _held_out(self, corpus: Corpus) -> list[str]:
-        """The held-out texts that the evaluation draws from; a limited one holds no more than it can need."""
-        from edgewright.data import iterate_documents
-
+    def _held_out(self, corpus: Corpus) -> HeldOut:
+        """What is held out and evaluated; a limited evaluation holds no more than it can need."""
         assert self.recipe.evaluate
-        texts = iterate_documents(self.recipe.data, split="held_out", rule=corpus.split)
-        return [text for _, text in islice(texts, self.recipe.evaluate.max_tokens and MOST_DOCUMENTS)]
+        limit = self.recipe.evaluate.max_tokens
+        most = limit and MOST_DOCUMENTS
+        return corpus.held_out.for_evaluation(self.recipe.data, corpus.split, most)
 
     def _quality(self, path: Path, label: str) -> Evaluation | None:
         """Held-out bits per byte of a checkpoint or artifact in its own runtime, on the same windows for all of them.
 
         A limited evaluation draws windows at random from all held-out documents. None when the recipe skips it.
         """
-        from edgewright.evaluate import evaluate_session
         from edgewright.export.runtimes import open_session
 
-        if self.recipe.evaluate is None:
+        if self.evaluated is None or self.recipe.evaluate is None:
             return None
         limit = self.recipe.evaluate.max_tokens
         with open_session(path) as session:
-            documents = ((session.tokenize(text), len(text.encode())) for text in self.held_out)
-            quality = evaluate_session(
+            quality = self.evaluated.evaluate(
                 session,
-                documents,
                 max_tokens=limit or sys.maxsize,
                 window=self.recipe.data.sequence_length,
                 seed=None if limit is None else self.recipe.seed,

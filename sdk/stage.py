@@ -112,7 +112,6 @@ def train_stage(
     """
     import torch
 
-    from edgewright.data import Batches
     from edgewright.trainer import Job, Trainer, TrainingModule
 
     done = directory / "done.json"
@@ -164,8 +163,7 @@ def train_stage(
         method.check_run(steps)
     _prepare(methods, model, origin, say)
     batches, held_out = (
-        Batches(
-            stream,
+        stream.batches(
             sequence_length=data.sequence_length,
             seed=recipe.seed,
             restart_at_documents=data.restart_at_documents,
@@ -174,6 +172,9 @@ def train_stage(
         )
         for stream in (corpus.train, corpus.held_out)
     )
+    packing = batches.describe()
+    if packing:
+        say(f"{stage.name}: {packing}")
     objective = _objective(stage, model, corpus, earlier, say)
     objective.attach(model)
     module = TrainingModule(model, objective, getattr(torch, state.decisions["precision"]))
@@ -187,7 +188,7 @@ def train_stage(
         schedule=stage.schedule,
         batches=batches,
         held_out=held_out,
-        bytes_per_token=corpus.held_out.bytes / max(1, len(corpus.held_out)),
+        bytes_per_token=corpus.held_out.bytes / max(1, corpus.held_out.predicted),
         total_steps=steps,
         settings=settings,
         directory=directory,

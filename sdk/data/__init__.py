@@ -8,13 +8,14 @@ from edgewright.data.batches import IGNORED, Batch, Batches
 from edgewright.data.documents import iterate_documents
 from edgewright.data.files import FilesData
 from edgewright.data.hf import HfData
+from edgewright.data.instruct import InstructData
 from edgewright.data.prepare import Corpus, prepare_data
 from edgewright.data.shards import TokenStream
 from edgewright.data.stdlib import StdlibData
 from edgewright.data.text import Counts
 from edgewright.data.tokenizer import PretrainedTokenizer, TrainTokenizer
 
-DataConfig = Annotated[StdlibData | FilesData | HfData, Field(discriminator="type")]
+DataConfig = Annotated[StdlibData | FilesData | HfData | InstructData, Field(discriminator="type")]
 """The `data:` section of a recipe; `type` chooses the source."""
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "DataConfig",
     "FilesData",
     "HfData",
+    "InstructData",
     "PretrainedTokenizer",
     "StdlibData",
     "TokenStream",

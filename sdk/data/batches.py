@@ -63,6 +63,7 @@ class Batches:
         start_id: int,
         eos_id: int,
     ) -> None:
+        assert type(stream) is TokenStream, "examples make sequences of their own: ask the stream for its `batches`"
         self.stream = stream
         self.sequence_length = sequence_length
         self.restart_at_documents = restart_at_documents
@@ -82,6 +83,10 @@ class Batches:
     def __len__(self) -> int:
         """Sequences of one epoch."""
         return self._order.count
+
+    def describe(self) -> str | None:
+        """What is to be said of how the sequences were made; None: nothing."""
+        return None
 
     def batch(self, position: int, size: int) -> Batch:
         """The `size` sequences from `position` of the endless order on; it may run across the end of an epoch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from edgewright.data.batches import sequences
-from edgewright.data.shards import (
-    FORMAT,
-    INDEX,
-    StreamWriter,
-    TokenStream,
-    open_stream,
-    read_index,
-)
+from edgewright.data.layout import Encoding
+from edgewright.data.shards import FORMAT, INDEX, TokenStream, read_index
 from edgewright.data.source import Source
-from edgewright.data.split import HELD_OUT, TRAIN, HashSplit, Side, Split, TailSplit
+from edgewright.data.split import HELD_OUT, TRAIN, HashSplit, Side, Split
 from edgewright.data.text import Counts, Document, pieces, screen
 from edgewright.data.tokenizer import (
     COPIED,
@@ -37,9 +29,6 @@ from edgewright.errors import BadInput
 from edgewright.files import disk_errors, sha256_file, sync_tree, write_json
 
 Say = Callable[[str], None]
-_BATCH_CHARACTERS = 1 << 21
-"""How much is encoded at once: enough to keep every core busy."""
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +79,14 @@ def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
     return corpus
 
 
+def is_prepared(config: Source, directory: Path) -> bool:
+    """Whether `prepare_data` would find all done."""
+    return not isinstance(read_index(directory, _fingerprint(config)), str)
+
+
 def _fingerprint(config: Source) -> str:
     """Hash of all that decides the bytes on disk, without reading the text."""
-    settings = config.model_dump(mode="json", exclude={"sequence_length", "restart_at_documents", "files", "path"})
+    settings = config.model_dump(mode="json", exclude=set(config.not_in_tokens))
     if isinstance(config.tokenizer, PretrainedTokenizer):
         files = [config.tokenizer.path / name for name in (*COPIED, "generation_config.json", "config.json")]
         settings["tokenizer"] = [[file.name, sha256_file(file)] for file in files if file.is_file()]
@@ -105,16 +99,14 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
     (directory / INDEX).unlink(missing_ok=True)  # from here on the old files are not to be trusted
     split = _choose_split(config, directory, say)
     encoder = _tokenizer(config, split, directory, say)
-    writers = {
-        side: StreamWriter(
-            directory / f"{side}.bin", dtype=encoder.dtype, start_id=encoder.start_id, eos_id=encoder.eos_id
-        )
-        for side in (TRAIN, HELD_OUT)
-    }
+    config.complete_tokenizer(directory / "tokenizer")
+    writers = {side: config.layout.writer(directory, side, encoder) for side in (TRAIN, HELD_OUT)}
     counts = Counts()
+    documents = _documents(config, counts, directory)
     try:
-        _encode(_documents(config, counts, directory), split, encoder, writers, say)
+        more = config.layout.encode(Encoding(config, documents, split, encoder, writers, config.visible(), say))
         splits = {side: writer.close() for side, writer in writers.items()}
+        beside = {name: entry for writer in writers.values() for name, entry in writer.beside().items()}
     finally:
         for writer in writers.values():
             writer.abort()
@@ -131,10 +123,11 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
         "start_id": encoder.start_id,
         "eos_id": encoder.eos_id,
         "split": split.model_dump(mode="json"),
-        "files": {**splits, **tokenizer_files},
-        "report": _report(counts, splits, encoder),
+        "files": {**splits, **beside, **tokenizer_files},
+        "report": {**_report(counts, splits, encoder), **more},
     }
     write_json(directory / INDEX, index)
+    counts.documents = index["report"]["documents"]  # the layout may have dropped some
     say(_summary(index["report"], counts))
     return index
 
@@ -155,8 +148,8 @@ def _choose_split(config: Source, directory: Path, say: Say) -> Split:
             fix="check which files data.files names, and data.on_bad_text",
         )
     documents = _documents(config, Counts(), directory)
-    tail = TailSplit.find(documents, total=counts.bytes, held_out=config.held_out)
-    if tail is None:
+    last = config.layout.few(documents, total=counts.bytes, held_out=config.held_out)
+    if last is None:
         raise BadInput(
             "EW-211",
             "the corpus is too short to be split",
@@ -165,11 +158,8 @@ def _choose_split(config: Source, directory: Path, say: Say) -> Split:
             found=f"{counts.summary()}, {counts.bytes:,} bytes; data.held_out is {config.held_out:g}",
             fix="give more text, or change data.held_out (0.05, say)",
         )
-    say(
-        f"too few documents ({counts.documents:,}) to hold some out by name: held out are the last "
-        f"{counts.bytes - tail.training_bytes:,} of the {counts.bytes:,} bytes of text"
-    )
-    return tail
+    say(f"too few documents ({counts.documents:,}) to hold some out by name: held out are {last.words(counts.bytes)}")
+    return last
 
 
 def _tokenizer(config: Source, split: Split, directory: Path, say: Say) -> Encoder:
@@ -211,52 +201,9 @@ def _documents(config: Source, counts: Counts, scratch: Path | None) -> Iterator
     return screen(config.documents(), policy=config.on_bad_text, counts=counts, scratch=scratch)
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    text: str
-    side: Side
-    document_bytes: int | None
-    """Of the whole document, on its first piece; None on the others."""
-
-
-def _cut(documents: Iterable[Document], split: Split, encoder: Encoder) -> Iterator[_Piece]:
-    for side, document in split.divide(documents):
-        for number, text in enumerate(encoder.cut(document.texts)):
-            yield _Piece(text, side, None if number else document.bytes)
-
-
-def _encode(
-    documents: Iterable[Document], split: Split, encoder: Encoder, writers: dict[Side, StreamWriter], say: Say
-) -> None:
-    stream = _cut(documents, split, encoder)
-    spoken = time.monotonic()
-    for batch in _batched(stream):
-        for piece, ids in zip(batch, encoder.encode([piece.text for piece in batch]), strict=True):
-            writer = writers[piece.side]
-            if piece.document_bytes is not None:
-                writer.begin(piece.document_bytes)
-            writer.add(ids)
-        if time.monotonic() - spoken > _SECONDS_BETWEEN_LINES:
-            spoken = time.monotonic()
-            say(f"tokenized {sum(writer.bytes for writer in writers.values()) / 1e6:,.0f} MB")
-
-
-def _batched(stream: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    characters = 0
-    for piece in stream:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def _check_length(corpus: Corpus, config: Source) -> None:
     for split, stream in ((TRAIN, corpus.train), (HELD_OUT, corpus.held_out)):
-        if not sequences(len(stream), config.sequence_length):
+        if not stream.sequences(config.sequence_length):
             raise BadInput(
                 "EW-212",
                 f"the {'held-out' if split == HELD_OUT else 'training'} split is shorter than one sequence",
@@ -276,9 +223,12 @@ def _report(counts: Counts, splits: dict[Side, dict[str, Any]], encoder: Encoder
         "bytes_per_token": counts.bytes / tokens,
         "vocab_size": encoder.vocab_size,
         "splits": {
-            side: {name: entry[name] for name in ("documents", "bytes", "tokens")} for side, entry in splits.items()
+            side: {name: entry[name] for name in _OF_A_SPLIT if name in entry} for side, entry in splits.items()
         },
     }
+
+
+_OF_A_SPLIT = ("documents", "bytes", "tokens", "counted")
 
 
 def _summary(report: dict[str, Any], counts: Counts) -> str:
@@ -298,8 +248,8 @@ def _open(directory: Path, index: dict[str, Any], config: Source) -> Corpus:
         vocab_size=index["vocab_size"],
         start_id=index["start_id"],
         eos_id=index["eos_id"],
-        train=open_stream(directory, index["files"][TRAIN]),
-        held_out=open_stream(directory, index["files"][HELD_OUT]),
+        train=config.layout.open(directory, index["files"], TRAIN),
+        held_out=config.layout.open(directory, index["files"], HELD_OUT),
         fingerprint=hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         split=TypeAdapter[Split](Split).validate_python(split),
         report={**index["report"], "split": split},

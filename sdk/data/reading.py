@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from edgewright.data.text import CHUNK_BYTES, RawDocument
 from edgewright.errors import BadInput
@@ -212,16 +212,50 @@ def _read_jsonl(chunks: Iterator[bytes], path: Path, document_id: str, form: Tex
         yield RawDocument(f"{document_id}:{number}", str(path), number, (text,), fault=fault, one_line=True)
 
 
-def _parse(line: bytes, text_key: str) -> tuple[str, str | None]:
-    """The text of a line of JSON, or why there is none."""
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | None, str]]:
+    """Line number, object and fault of every line of a .jsonl file that is not blank; no object where there is a fault.
+
+    Raises:
+        BadInput: as `read_file`; EW-204 also for a file of text.
+    """
+    opener, reader = file_kind(path)
+    if reader is not _read_jsonl:
+        raise BadInput(
+            "EW-204",
+            "examples are read from JSON Lines alone",
+            where=path,
+            expected=f".jsonl, also with {' '.join(sorted(_OPENERS))}",
+            found=path.name,
+            fix='one object a line: {"prompt": ..., "completion": ...} or {"messages": [...]}',
+        )
+    chunks = _guarded(path, opener)
+    head = next(chunks, b"").removeprefix(codecs.BOM_UTF8)
+    if _looks_binary(head):
+        yield 1, None, "a binary file, or text in another encoding than UTF-8"
+        return
+    for number, line in _lines(chain((head,), chunks), path):
+        if line.strip():
+            yield number, *_record(line)
+
+
+def _record(line: bytes) -> tuple[dict[str, Any] | None, str]:
+    """The object of a line of JSON, or why there is none."""
     try:
         record = json.loads(line.decode("utf-8", "surrogateescape"))
     except json.JSONDecodeError as error:
-        return "", f"no JSON: {error.msg} at column {error.colno}"
+        return None, f"no JSON: {error.msg} at column {error.colno}"
     except RecursionError:
-        return "", "JSON that is nested too deeply"
+        return None, "JSON that is nested too deeply"
     if not isinstance(record, dict):
-        return "", f"JSON, but not an object: {type(record).__name__}"
+        return None, f"JSON, but not an object: {type(record).__name__}"
+    return record, ""
+
+
+def _parse(line: bytes, text_key: str) -> tuple[str, str | None]:
+    """The text of a line of JSON, or why there is none."""
+    record, fault = _record(line)
+    if record is None:
+        return "", fault
     if text_key not in record:
         return "", f"no key {text_key!r} (data.text_key); the keys are {', '.join(map(str, record)) or 'none'}"
     text = record[text_key]

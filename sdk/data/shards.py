@@ -11,11 +11,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgewright.files import sha256_file
+
+if TYPE_CHECKING:
+    from edgewright.data.batches import Batches
+    from edgewright.data.held_out import HeldOut
+    from edgewright.data.source import Source
+    from edgewright.data.split import Split
 
 INDEX = "index.json"
 FORMAT = 1
@@ -39,6 +45,42 @@ class TokenStream:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that are learned: `bytes` are those of their text."""
+        return len(self)
+
+    def sequences(self, sequence_length: int) -> int:
+        """Whether there are any, and about how many."""
+        from edgewright.data.batches import sequences
+
+        return sequences(len(self), sequence_length)
+
+    def batches(
+        self, *, sequence_length: int, seed: int, restart_at_documents: bool, start_id: int, eos_id: int
+    ) -> Batches:
+        """Its sequences in an endless seeded order."""
+        from edgewright.data.batches import Batches
+
+        return Batches(
+            self,
+            sequence_length=sequence_length,
+            seed=seed,
+            restart_at_documents=restart_at_documents,
+            start_id=start_id,
+            eos_id=eos_id,
+        )
+
+    def for_evaluation(self, source: Source, split: Split, most: int | None) -> HeldOut:
+        """What an evaluation reads of this held-out side: at most so many documents, from the source itself."""
+        from itertools import islice
+
+        from edgewright.data.documents import iterate_documents
+        from edgewright.data.held_out import HeldOutTexts
+
+        texts = iterate_documents(source, split="held_out", rule=split)
+        return HeldOutTexts([text for _, text in islice(texts, most)])
 
 
 class StreamWriter:
@@ -76,6 +118,14 @@ class StreamWriter:
         """End the last document, bring the file to disk and return its entry for the index."""
         if self.documents:
             self._write(self._end)
+        return self.finish()
+
+    def beside(self) -> dict[str, Any]:
+        """Entries of further files that belong to the split, by name; after `close`."""
+        return {}
+
+    def finish(self) -> dict[str, Any]:
+        """Bring the file to disk as it is and return its entry."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

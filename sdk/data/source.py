@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgewright.data.text import BadTextPolicy, RawDocument
+from edgewright.data.layout import Layout
+from edgewright.data.text import BadTextPolicy, RawDocument, Segment
+from edgewright.data.text_layout import TextLayout
 from edgewright.data.tokenizer import PretrainedTokenizer, TrainTokenizer
 
 
@@ -16,6 +19,10 @@ class Source(BaseModel, ABC):
     """Where the text comes from and how it is turned into sequences."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    not_in_tokens: ClassVar[frozenset[str]] = frozenset({"sequence_length", "restart_at_documents", "files", "path"})
+    """Settings that do not decide the bytes on disk; files are known by `fingerprint`."""
+    layout: ClassVar[Layout] = TextLayout()
+    """How its documents lie on disk."""
 
     tokenizer: Annotated[TrainTokenizer | PretrainedTokenizer, Field(discriminator="type")] = TrainTokenizer()
     """A tokenizer trained on the corpus, or one that exists."""
@@ -36,6 +43,13 @@ class Source(BaseModel, ABC):
         Raises:
             BadInput: EW-203 when there is nothing there.
         """
+
+    def complete_tokenizer(self, directory: Path) -> None:  # noqa: B027 - an optional hook
+        """Put beside the tokenizer's files what the recipe says of them."""
+
+    def visible(self) -> Callable[[Segment], str]:
+        """What gives the text of a segment that is meant to be read."""
+        return lambda segment: segment.text
 
     @abstractmethod
     def documents(self) -> Iterator[RawDocument]:

@@ -33,6 +33,10 @@ class HashSplit(BaseModel):
         for document in documents:
             yield HELD_OUT if is_held_out(document.id, self.held_out) else TRAIN, document
 
+    def words(self, total: int) -> str:
+        """What is held out."""
+        return f"{self.held_out:.1%} of the documents, by their names"
+
     def fills_both(self, documents: Iterable[Document]) -> bool:
         """Whether each side gets a document; reads no further than needed to know."""
         sides = set()
@@ -51,6 +55,10 @@ class TailSplit(BaseModel):
     rule: Literal["tail"] = "tail"
     training_bytes: int = Field(gt=0)
     """UTF-8 bytes of text, in the order of reading, before the first held-out byte."""
+
+    def words(self, total: int) -> str:
+        """What is held out, of so many bytes."""
+        return f"the last {total - self.training_bytes:,} of the {total:,} bytes of text"
 
     @classmethod
     def find(cls, documents: Iterable[Document], *, total: int, held_out: float) -> TailSplit | None:
@@ -88,7 +96,32 @@ class TailSplit(BaseModel):
                 yield HELD_OUT, second
 
 
-Split = Annotated[HashSplit | TailSplit, Field(discriminator="rule")]
+class CountSplit(BaseModel):
+    """The last documents, each whole: for examples, of which none may be cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rule: Literal["count"] = "count"
+    training_documents: int = Field(gt=0)
+    """Documents, in the order of reading, before the first held-out one."""
+
+    def words(self, total: int) -> str:
+        """What is held out."""
+        return f"those after the first {self.training_documents:,}"
+
+    @classmethod
+    def find(cls, documents: int, *, held_out: float) -> CountSplit | None:
+        """Hold out the share `held_out` of that many, at least one; None when none would be left to train on."""
+        held = math.ceil(documents * held_out)
+        return cls(training_documents=documents - held) if held < documents else None
+
+    def divide(self, documents: Iterable[Document]) -> Iterator[tuple[Side, Document]]:
+        """Tell the side of each document."""
+        for number, document in enumerate(documents):
+            yield TRAIN if number < self.training_documents else HELD_OUT, document
+
+
+Split = Annotated[HashSplit | TailSplit | CountSplit, Field(discriminator="rule")]
 """How a corpus was divided; JSON in its index."""
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
@@ -34,6 +34,17 @@ _BEFORE_SPACE = re.compile(r"(?<=\S)(?=[ \n\t\r])")
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of an example, all of one kind."""
+
+    text: str
+    counted: bool
+    """Whether its tokens are learned."""
+    special: bool
+    """Whether special tokens are read out of it: a template's text; in what people wrote they are plain text."""
+
+
+@dataclass(frozen=True, slots=True)
 class RawDocument:
     """A document as it was found, not judged yet."""
 
@@ -49,6 +60,8 @@ class RawDocument:
     """Why it cannot be read at all, for instance a line that is no JSON."""
     one_line: bool = False
     """Its line breaks are none of the file's, as in a line of JSON."""
+    segments: tuple[Segment, ...] = ()
+    """The same text in parts, for an example of which only some parts are learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,10 @@ class Document:
     """Length in UTF-8."""
     texts: Iterable[str]
     """Its text in chunks; read once."""
+    file: str = ""
+    line: int = 0
+    segments: tuple[Segment, ...] = ()
+    """As `RawDocument.segments`, cleaned alike."""
 
 
 @dataclass(slots=True)
@@ -124,7 +141,8 @@ def screen(
                 counts.documents += 1
                 counts.bytes += examined.size
                 counts.replaced += examined.replaced
-                yield Document(raw.id, examined.size, examined.texts)
+                segments = tuple(replace(part, text=_UNUSABLE.sub("\ufffd", part.text)) for part in raw.segments)
+                yield Document(raw.id, examined.size, examined.texts, raw.file, raw.line, segments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgewright.data.text import pieces
+from edgewright.data.text import Segment, pieces
 from edgewright.errors import BadInput
 from edgewright.paths import RecipePath
 
@@ -51,6 +52,21 @@ class PretrainedTokenizer(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """The special tokens of a tokenizer."""
+
+    bos: str | None
+    eos: str
+    texts: tuple[str, ...]
+    """All of them."""
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches any, the longest first."""
+        return re.compile("|".join(re.escape(text) for text in sorted(self.texts, key=len, reverse=True)))
+
+
+@dataclass(frozen=True, slots=True)
 class Encoder:
     """A tokenizer ready to encode documents.
 
@@ -80,6 +96,32 @@ class Encoder:
         """Cut a document into pieces that encode to the tokens of the whole (see `text.pieces`)."""
         for number, piece in enumerate(pieces(texts)):
             yield piece.removeprefix(" ") if number and self.drops_space else piece
+
+    def encode_segments(self, examples: Sequence[Sequence[Segment]]) -> list[list[np.ndarray]]:
+        """Token ids of each segment of each example, `dtype` [tokens].
+
+        Each is encoded by itself, so that its border is one of tokens, as between a prompt and what is generated.
+        Where the tokenizer puts a space before every text, that is taken back from all but an example's first segment:
+        it is encoded after a line break, whose tokens are then cut off.
+        """
+        flat = [
+            (segment, self.drops_space and index > 0) for example in examples for index, segment in enumerate(example)
+        ]
+        found: list[np.ndarray] = [np.empty(0, self.dtype)] * len(flat)
+        for special in (False, True):
+            self.tokenizer.encode_special_tokens = not special
+            chosen = [index for index, (segment, _) in enumerate(flat) if segment.special == special]
+            texts = [("\n" if flat[index][1] else "") + flat[index][0].text for index in chosen]
+            anchor = self.encode(["\n"])[0]
+            for index, ids in zip(chosen, self.encode(texts), strict=True):
+                segment, anchored = flat[index]
+                if anchored:
+                    fits = np.array_equal(ids[: len(anchor)], anchor)
+                    ids = ids[len(anchor) :] if fits else self.encode([segment.text])[0]
+                found[index] = ids
+        self.tokenizer.encode_special_tokens = True
+        parts = iter(found)
+        return [[next(parts) for _ in example] for example in examples]
 
 
 def train_tokenizer(texts: Iterable[str], config: TrainTokenizer, directory: Path) -> None:
@@ -123,6 +165,31 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+
+def special_tokens(directory: Path) -> SpecialTokens:
+    """The special tokens of a local Hugging Face directory.
+
+    Raises:
+        BadInput: EW-220, EW-221, as `load_encoder`.
+    """
+    encoder = load_encoder(directory)
+    names = {token: text for text, token in encoder.tokenizer.get_vocab(with_added_tokens=True).items()}
+    bos = _special(directory, "bos_token", {text: token for token, text in names.items()})
+    added = encoder.tokenizer.get_added_tokens_decoder().values()
+    eos = names[encoder.eos_id]
+    encoder.tokenizer.encode_special_tokens = False
+    if encoder.encode([eos])[0].tolist() != [encoder.eos_id]:
+        raise BadInput(
+            "EW-221",
+            "the tokenizer does not read its own end-of-text token, so an example could not end with it",
+            where=directory,
+            expected=f"{eos!r} among the added_tokens of tokenizer.json, as a special one",
+            found=f"{encoder.encode([eos])[0].tolist()} instead of [{encoder.eos_id}]",
+            fix="add it to the tokenizer as a special token and save it again",
+        )
+    texts = {token.content for token in added if token.special} | {eos}
+    return SpecialTokens(bos=None if bos is None else names[bos], eos=eos, texts=tuple(sorted(texts)))
 
 
 def load_encoder(directory: Path) -> Encoder:

@@ -220,3 +220,18 @@ def test_a_finished_stage_is_a_plain_directory_and_the_next_stage_goes_on_from_i
     assert (tmp_path / "run/stages/whole/done.json").exists()
     numbers = json.loads((stage / "done.json").read_text())["methods"]["lora"]
     assert numbers["frozen"] == base.get_input_embeddings().weight.numel()  # and the head, which is the same matrix
+
+
+def test_no_kernel_is_fetched_from_a_hub(tmp_path):
+    import subprocess
+
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('fetched')\n")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import edgewright.compress.four_bits, sys\n"
+    program += (
+        "import edgewright.compress.lora as l, torch; from edgewright.compress.adapted_linear import AdaptedLinear\n"
+    )
+    program += "AdaptedLinear(torch.nn.Linear(8, 8), rank=2, alpha=1.0, dropout=0.0, dora=False)\n"
+    program += "assert 'kernels' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "kernels-community" not in done.stderr

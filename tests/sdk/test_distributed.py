@@ -265,11 +265,13 @@ def test_a_ternary_student_of_a_teacher_under_ddp(tmp_path):
         ["stages.base.methods=[{type: granet, regrow: gradient, update_every: 3}]"],
         ["stages.base.methods=[{type: lowrank, rank: 8, relora: {merge_every: 3}, rewarm_steps: 0}]"],
         ["stages.base.methods=[{type: lowrank, rank: 8}]", CUT_UP],
+        ["stages.base.methods=[{type: lora, rank: 8, dora: true}]"],
+        ["stages.base.methods=[{type: lora, rank: 8}]", CUT_UP],
         ["stages.base.optimizer={type: apollo, rank: 8, learning_rate: 5e-3}"],
         ["stages.base.optimizer={type: galore, rank: 8, learning_rate: 5e-3}"],
         ["stages.base.training.gradient_checkpointing=true", CUT_UP],
     ],
-    ids=["granet", "relora", "factors-cut-up", "apollo", "galore", "recomputed-cut-up"],
+    ids=["granet", "relora", "factors-cut-up", "dora", "lora-cut-up", "apollo", "galore", "recomputed-cut-up"],
 )
 def test_methods_and_optimizers_act_alike_in_every_process(alone, tmp_path, overrides):
     edgewright.run(alone[1], f"output_dir={tmp_path / 'one'}", IN_FLOAT32, *overrides)

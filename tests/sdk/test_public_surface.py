@@ -41,7 +41,7 @@ VERBS = [
     "explain",
 ]
 OPTIONS = {
-    "check": {"--schema", "--json", "--help"},
+    "check": {"--schema", "--show-batch", "--json", "--help"},
     "plan": {"--device", "--no-probe", "--json", "--help"},
     "run": {"--fresh", "--json", "--help"},
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
