@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_table import logits
+from loss_table import differences, logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import edgewright
 from edgewright.compress.cross_tokenizer import CrossTokenizerTeacher, aligned, byte_table, documents
 from edgewright.compress.losses import uld
 from edgewright.compress.teacher import OnlineTeacher
+from edgewright.compress.uld import uld_rows
 from edgewright.data.tokenizer import Encoder, load_encoder
 from edgewright.errors import RecipeError
 from edgewright.objective import ModelInputs
@@ -38,6 +39,19 @@ def test_names_of_tokens_do_not_matter_and_sizes_may_differ() -> None:
     expected = ((q - t[:, :12]).abs().sum(-1) + t[:, 12:].sum(-1)).mean()
     torch.testing.assert_close(uld(student, teacher), expected)
     torch.testing.assert_close(uld(teacher, student), expected)
+
+
+@pytest.mark.parametrize("columns", [7, 12, 20])
+def test_the_form_of_rows_is_the_plain_one_for_either_vocabulary(columns: int) -> None:
+    student, teacher = logits(4, 12, 0).requires_grad_(), logits(4, columns, 1)
+    value = uld(student, teacher, temperature=2.0)
+    value.backward()
+    with torch.no_grad():
+        loss, slope = uld_rows((student / 2.0).log_softmax(-1), (teacher / 2.0).log_softmax(-1))
+    torch.testing.assert_close(4.0 * loss.mean(), value.detach())
+    torch.testing.assert_close(slope * 2.0 / 4, student.grad)
+    expected = differences(lambda z: uld(z, teacher, temperature=2.0), student)
+    torch.testing.assert_close(student.grad, expected, rtol=0, atol=1e-6)
 
 
 def byte_level(vocabulary: int, *, trim: bool) -> Encoder:
