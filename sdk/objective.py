@@ -122,4 +122,4 @@ class NextToken(Objective):
         from edgewright.chunked import chunked_loss, cross_entropy_rule
 
         rule = cross_entropy_rule(inputs.labels.flatten(), scale)
-        return chunked_loss(hidden, head, rule, parts=1, dtype=dtype)
+        return chunked_loss(hidden, head, rule, parts=1, dtype=dtype, few_rows=True)

@@ -40,6 +40,34 @@ def test_equals_the_naive_loss_for_every_chunk_size(monkeypatch, rows, bias):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"scale": 0.5}, {"cap": 2.0}])
+def test_how_many_rows_a_rule_gets_at_a_time_changes_nothing(monkeypatch, dtype, shape):
+    """The same bits for every row; sums over rows, in another order, to float32's rounding."""
+    hidden, weight, offset, labels = _problem()
+    inputs = (hidden, weight, offset)
+    monkeypatch.setattr(chunked, "chunk_rows", lambda vocabulary: 16)
+    found = {}
+    for rows in (1, 3, 16):
+        seen = []
+        monkeypatch.setattr(chunked, "cached_rows", lambda vocabulary, device, rows=rows: rows)
+        rule = cross_entropy_rule(labels, 0.1)
+
+        def counting(logits, window, rule=rule, seen=seen):
+            seen.append((len(logits), window.stop - window.start))
+            return rule(logits, window)
+
+        loss, _ = chunked_loss(hidden, Head(weight, offset, **shape), counting, parts=1, dtype=dtype, few_rows=True)
+        found[rows] = (loss.detach(), *torch.autograd.grad(loss, inputs))
+        assert sum(taken for taken, _ in seen) == N and max(taken for taken, _ in seen) == rows
+        assert all(taken == asked for taken, asked in seen)
+    for rows in (1, 3):
+        loss, into_hidden, into_weight, into_offset = found[rows]
+        assert torch.equal(into_hidden, found[16][1]) and torch.equal(into_weight, found[16][2])
+        torch.testing.assert_close(loss, found[16][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(into_offset, found[16][3], rtol=1e-5, atol=1e-6)
+
+
 def test_without_gradients_gives_the_same_value():
     hidden, weight, offset, labels = _problem()
     rule = cross_entropy_rule(labels, 1.0)
