@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -24,9 +24,9 @@ from edgewright.compress.loss_config import (
     TokenLossConfig,
     UldConfig,
 )
+from edgewright.compress.teacher_config import TeacherConfig
 from edgewright.errors import RecipeError
 from edgewright.objective import BESIDE, ModelInputs, Objective
-from edgewright.student import CheckpointStudentConfig, StageStudentConfig
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from edgewright.compress.recording import Recorder
     from edgewright.compress.targets import TargetSource
 
-TeacherConfig = Annotated[CheckpointStudentConfig | StageStudentConfig, Field(discriminator="type")]
 KL_WEIGHT, TEMPERATURE = 0.5, 1.0
 """Where a recipe says nothing."""
 STEPS_OF_NOTHING = 100
@@ -50,7 +49,7 @@ class DistillConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["distill"] = "distill"
     teacher: TeacherConfig
-    """A local model directory, or an earlier stage; frozen, run beside the student."""
+    """Where the targets come from: a model directory, an earlier stage, several of them, or a cache."""
     losses: tuple[LossConfig, ...] | None = Field(default=None, min_length=1)
     """What is summed. null: forward KL and cross-entropy, by the two keys below."""
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)

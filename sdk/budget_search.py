@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,27 +51,32 @@ class Choice:
 
 
 def within_budget(
-    recipe: Recipe, stage: StageConfig, student: PreTrainedModel, teacher: Path | None, decisions: dict[str, Any]
+    recipe: Recipe, stage: StageConfig, student: PreTrainedModel, teachers: Sequence[Path], decisions: dict[str, Any]
 ) -> Choice | None:
     """What to change in a run's decisions; None where there is no budget.
 
     Args:
         student: what the stage starts from, as it was loaded; only its shapes are read.
-        teacher: its model directory.
+        teachers: model directories of `stage.teachers`.
 
     Raises:
         OutOfResources: EW-752.
     """
-    from edgewright.planner.cases import stored
+    from edgewright.planner.cases import cache_layout
     from edgewright.planner.devices import find_device
     from edgewright.planner.simulate import Case
+    from edgewright.planner.teachers import stored_teacher
 
     if stage.budget.memory is None:
         return None
     case = Case(
         stage=stage,
         student=student,
-        teacher=None if teacher is None else stored(teacher),
+        teachers=tuple(
+            stored_teacher(directory, teacher.weights)
+            for directory, teacher in zip(teachers, stage.teachers, strict=True)
+        ),
+        cached=cache_layout(recipe, stage),
         sequence_length=recipe.data.sequence_length,
         decisions=decisions,
         borders=recipe.data.restart_at_documents,

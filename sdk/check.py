@@ -20,9 +20,11 @@ from edgewright.exactness import count_parameters, held_by, not_held, not_rounde
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from edgewright.compress.cache_config import CacheStageConfig
+    from edgewright.compress.generate_config import GenerateStageConfig
     from edgewright.export.lattice import LatticeTensor
     from edgewright.preview import Preview
-    from edgewright.recipe import ExportConfig, Recipe, StageConfig
+    from edgewright.recipe import AnyStageConfig, ExportConfig, Recipe, StageConfig
     from edgewright.show_batch import ShownBatch
     from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
@@ -123,9 +125,10 @@ class _Checker:
         for directory in sorted(set(self._models())):
             self._try(f"model {directory.name}", partial(self._model, directory))
         for stage in self.recipe.stages:
-            self._try(f"stage {stage.name}", partial(self._stage, stage))
+            look = partial(self._stage, stage) if stage.type == "train" else partial(self._making, stage)
+            self._try(f"stage {stage.name}", look)
         self._try("disk", self._disk)
-        if show_batch:
+        if show_batch and self.recipe.trainings:
             self._try("batch", self._show)
         return CheckReport(
             recipe=self.path,
@@ -190,17 +193,18 @@ class _Checker:
         for _, _, config in self._taught():
             if config.type == "checkpoint":
                 yield config.model
-        stages = {stage.name for stage in self.recipe.stages}
+        stages = {stage.name for stage in self.recipe.trainings}
         yield from (Path(export.model) for export in self.recipe.exports if export.model not in stages)
 
     def _taught(
         self,
-    ) -> Iterator[tuple[StageConfig, str, PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig]]:
+    ) -> Iterator[tuple[AnyStageConfig, str, PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig]]:
         """Every student and teacher with its stage and role."""
         for stage in self.recipe.stages:
-            yield stage, "student", stage.student
-            if stage.objective.type == "distill":
-                yield stage, "teacher", stage.objective.teacher
+            if stage.type == "train":
+                yield stage, "student", stage.student
+            for teacher in stage.teachers:
+                yield stage, "teacher", teacher
 
     def _model(self, directory: Path) -> Iterator[str]:
         from edgewright.export.guard import check_model_directory
@@ -216,6 +220,7 @@ class _Checker:
             self.parameters[stage.name] = count
         size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
         self._heads(stage)
+        self._cached(stage)
         ahead = self._preview(stage)
         if ahead is not None:
             self.left[stage.name] = ahead.left
@@ -228,6 +233,34 @@ class _Checker:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
         if ahead is not None:
             self._look_at_lattice(stage, ahead)
+
+    def _making(self, stage: CacheStageConfig | GenerateStageConfig) -> Iterator[str]:
+        """A stage that trains nothing: whether its teachers speak the data's tokens, and what it will make."""
+        from edgewright.compress.cache_stage import layout_of
+        from edgewright.compress.teacher_notes import vocabulary_of
+
+        yield f"{stage.type}, {len(stage.teachers)} teacher{'s' if len(stage.teachers) > 1 else ''}"
+        sound = [
+            config.model for config in stage.teachers if config.type == "checkpoint" and config.model in self.sound
+        ]
+        for model in sound:
+            yield from self._same_tokens(model, f"teacher of stage {stage.name}")
+            if stage.type == "cache":
+                layout_of(stage, vocabulary_of(model))
+
+    def _cached(self, stage: StageConfig) -> None:
+        """Whether a cache that another run made is there, and of use to the losses; the run compares the data.
+
+        Raises:
+            BadInput: EW-793. RecipeError: EW-781, EW-797.
+        """
+        objective = stage.objective
+        if objective.type == "distill" and objective.teacher.type == "cache" and objective.teacher.path is not None:
+            from edgewright.compress.cache import read_manifest
+            from edgewright.recipe_rules import check_cache
+
+            manifest = read_manifest(objective.teacher.path)
+            check_cache(stage.name, objective, manifest["layout"]["kind"], manifest["made"]["temperature"])
 
     def _heads(self, stage: StageConfig) -> None:
         """Whether training can make the logits of what is opened here; without a model directory torch stays out."""
@@ -242,7 +275,7 @@ class _Checker:
 
         Without any method or loss of hidden states, and with AdamW, there is nothing to see, and torch is not imported.
         """
-        if not any(self._says_more(other) for other in self.recipe.stages):
+        if not any(self._says_more(other) for other in self.recipe.trainings):
             return None
         from edgewright.preview import architecture, check_lessons, preview
 
@@ -309,9 +342,13 @@ class _Checker:
     def _disk(self) -> Iterator[str]:
         """Space for the checkpoints of the largest stage, every stage's model and every export."""
         largest = max(
-            (stage.training.keep_checkpoints + 1) * self.parameters.get(stage.name, 0) for stage in self.recipe.stages
+            (
+                (stage.training.keep_checkpoints + 1) * self.parameters.get(stage.name, 0)
+                for stage in self.recipe.trainings
+            ),
+            default=0,
         )
-        models = (len(self.recipe.stages) + len(self.recipe.exports)) * max(self.parameters.values(), default=0) * 4
+        models = (len(self.recipe.trainings) + len(self.recipe.exports)) * max(self.parameters.values(), default=0) * 4
         needed = math.ceil(RESERVE * (largest * BYTES_PER_PARAMETER + models))
         folder = self.recipe.run_directory.absolute()
         while not folder.exists():

@@ -420,7 +420,9 @@ def report(
 
 @app.command()
 def ls(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="methods, optimizers, losses, targets or presets.")],
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="methods, optimizers, losses, targets, presets, teachers or stages.")
+    ],
     as_json: Json = False,
 ) -> None:
     """What there is to choose from.

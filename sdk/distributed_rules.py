@@ -22,7 +22,7 @@ def check_several(recipe: Recipe, processes: int) -> None:
         RecipeErrors: EW-770, the micro-batches of a step cannot be dealt out evenly; EW-771, a method or an optimizer
             needs whole weights and `sharding: full` leaves none; EW-772, a setting is for one process alone.
     """
-    found = [error for stage in recipe.stages for error in _problems(stage, processes)]
+    found = [error for stage in recipe.trainings for error in _problems(stage, processes)]
     if found:
         raise RecipeErrors(found)
 

@@ -1,4 +1,4 @@
-"""`ls`: what there is to choose from - methods, optimizers, losses, targets with their widths, presets."""
+"""`ls`: what there is to choose from - methods, optimizers, losses, targets with widths, presets, teachers, stages."""
 
 from __future__ import annotations
 
@@ -109,6 +109,18 @@ def _targets() -> list[Entry]:
     ]
 
 
+def _teachers() -> list[Entry]:
+    from edgewright.compress.teacher_config import TeacherConfig
+
+    return [_section(config) for config in _sections(TeacherConfig)]
+
+
+def _stages() -> list[Entry]:
+    from edgewright.recipe import AnyStageConfig
+
+    return [_section(config) for config in _sections(AnyStageConfig)]
+
+
 def _presets() -> list[Entry]:
     from edgewright.student import PRESETS, PresetStudentConfig
 
@@ -130,6 +142,8 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "losses": _losses,
     "targets": _targets,
     "presets": _presets,
+    "teachers": _teachers,
+    "stages": _stages,
 }
 """The kinds, and what lists each."""
 

@@ -81,7 +81,7 @@ def check_stages(recipe: Recipe, vocab_size: int, finished: Mapping[str, Path]) 
         RecipeError: as `preview` does, at the first stage that cannot begin.
     """
     left: dict[str, PreTrainedModel] = {}
-    for stage in recipe.stages:
+    for stage in recipe.trainings:
         if stage.name in finished:
             left[stage.name] = stored_architecture(finished[stage.name])
         else:
@@ -98,11 +98,7 @@ def check_starts(recipe: Recipe, stage: StageConfig) -> None:
         RecipeError: EW-707, EW-712, as `student.check_head` does of the model with its weights.
         BadInput, Unsafe: the directory is no model.
     """
-    from edgewright.compress.distill import DistillConfig
-
-    starts = [("start", stage.student)]
-    if isinstance(stage.objective, DistillConfig):
-        starts.append(("teacher", stage.objective.teacher))
+    starts = [("start", stage.student), *(("teacher", teacher) for teacher in stage.teachers)]
     for role, start in starts:
         if isinstance(start, CheckpointStudentConfig):
             check_head_of_family(stored_architecture(start.model), f"{role} of stage {stage.name}")

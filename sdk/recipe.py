@@ -11,12 +11,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from edgewright import recipe_shape as shape
+from edgewright.compress.cache_config import CacheStageConfig
 from edgewright.compress.distill import DistillConfig
+from edgewright.compress.generate_config import GeneratedTextConfig, GenerateStageConfig
 from edgewright.compress.granet import GranetConfig
 from edgewright.compress.integer import IntegerConfig
 from edgewright.compress.lora import LoraConfig
@@ -24,6 +26,7 @@ from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig
 from edgewright.compress.sltrain import SLTrainConfig
 from edgewright.compress.sparse import SparseConfig
+from edgewright.compress.teacher_config import CachedTeacherConfig, ModelTeacherConfig, TeacherConfig
 from edgewright.compress.ternary import TernaryConfig
 from edgewright.data import DataConfig
 from edgewright.errors import RecipeError, RecipeErrors
@@ -40,16 +43,19 @@ from edgewright.optim.projected_config import (
 )
 from edgewright.optim.q_galore_config import QGaLoreConfig
 from edgewright.overrides import apply_overrides
-from edgewright.recipe_errors import NAME_PATTERN, problems, untagged
-from edgewright.recipe_rules import check_factors, check_rules
+from edgewright.paths import Name
+from edgewright.recipe_errors import problems, untagged
+from edgewright.recipe_rules import check_caches, check_factors, check_rules
 from edgewright.schedule import CosineConfig, ScheduleConfig
 from edgewright.student import StudentConfig
 from edgewright.training import BudgetConfig, TrainingConfig
 from edgewright.yaml_positions import MAX_BYTES, Document, Mark, Problem, Tree, parse_yaml
 from edgewright.yaml_positions import Path as TreePath
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-"""A word that is a folder's name as well."""
+if TYPE_CHECKING:
+    from edgewright.stage import StageResult
+    from edgewright.stage_work import StageWork
+
 ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig, Field(discriminator="type")]
 MethodConfig = Annotated[
     GranetConfig
@@ -86,6 +92,7 @@ class _Section(BaseModel):
 class StageConfig(_Section):
     """One training: a student, what it is taught, how its weights are represented."""
 
+    type: Literal["train"] = "train"
     name: Name
     """Later stages, exports and folders call it by this name."""
     student: StudentConfig
@@ -96,6 +103,56 @@ class StageConfig(_Section):
     schedule: ScheduleConfig = CosineConfig()
     budget: BudgetConfig
     training: TrainingConfig = TrainingConfig()
+    generated: GeneratedTextConfig | None = None
+    """Text that an earlier stage wrote, mixed into the data; null: the recipe's data alone."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Of the first weights, the order of the data and all else that is random; null: the recipe's."""
+
+    @model_validator(mode="after")
+    def _cache_has_the_text(self) -> StageConfig:
+        if self.generated is not None and isinstance(self.teacher, CachedTeacherConfig):
+            raise ValueError("a cache holds targets for the recipe's data alone: leave `generated` out, or the cache")
+        return self
+
+    @property
+    def teacher(self) -> TeacherConfig | None:
+        """Where its targets come from; None where it learns from the text alone."""
+        return self.objective.teacher if isinstance(self.objective, DistillConfig) else None
+
+    @property
+    def teachers(self) -> tuple[ModelTeacherConfig, ...]:
+        """The models that run in this stage besides the student."""
+        return () if self.teacher is None else self.teacher.models()
+
+    def carry_out(self, work: StageWork) -> StageResult:
+        """Train it, or go on with it, or find that it is done: see `train_stage`."""
+        from edgewright.stage import train_stage
+
+        return train_stage(
+            work.recipe,
+            self,
+            work.corpus,
+            work.directory,
+            work.earlier,
+            say=work.say,
+            stop=work.stop,
+            world=work.world,
+        )
+
+
+def _stage_type(stage: Any) -> str:
+    """Pydantic asks of a mapping, and of a section that was built."""
+    return shape.type_of(stage, usual="train")
+
+
+AnyStageConfig = Annotated[
+    Annotated[StageConfig, Tag("train")]
+    | Annotated[CacheStageConfig, Tag("cache")]
+    | Annotated[GenerateStageConfig, Tag("generate")],
+    Discriminator(_stage_type),
+    shape.Usual("train"),
+]
+"""A stage; without `type` it trains."""
 
 
 class ExportConfig(_Section):
@@ -157,7 +214,7 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of everything that is random."""
     data: DataConfig
-    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    stages: tuple[AnyStageConfig, ...] = Field(min_length=1)
     exports: tuple[ExportConfig, ...] = ()
     evaluate: EvaluateConfig | None = EvaluateConfig()
     """null: skipped."""
@@ -170,9 +227,18 @@ class Recipe(_Section):
         """Where the run lives."""
         return self.output_dir or Path("runs") / self.name
 
+    @property
+    def trainings(self) -> tuple[StageConfig, ...]:
+        """The stages that train a model, in order."""
+        return tuple(stage for stage in self.stages if isinstance(stage, StageConfig))
+
     def stage(self, name: str) -> StageConfig | None:
-        """The stage of that name, None if it is none."""
-        return next((stage for stage in self.stages if stage.name == name), None)
+        """The training of that name, None if it is none."""
+        return next((stage for stage in self.trainings if stage.name == name), None)
+
+    def seed_of(self, stage: StageConfig) -> int:
+        """Of all that is random in a stage."""
+        return self.seed if stage.seed is None else stage.seed
 
     def input_paths(self) -> list[Path]:
         """Files, patterns and directories that the recipe reads."""
@@ -234,7 +300,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except ValidationError as error:
         found += problems(error, Recipe, tree)
     if recipe is not None and not found:
-        found += check_factors(recipe)
+        found += [*check_factors(recipe), *check_caches(recipe)]
     if found or recipe is None:
         raise RecipeErrors(_positioned(path, document, origins, found))
     return recipe

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from edgewright import recipe_shape as shape
+from edgewright.paths import NAME_PATTERN
 from edgewright.yaml_positions import Path, Problem, Tree
 
 EXPECTED = {
@@ -41,7 +42,6 @@ EXPECTED = {
     "string_pattern_mismatch": "text that matches {pattern}",
 }
 """What each kind of validation error would have taken, filled in from its context."""
-NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 _PATTERNS = {NAME_PATTERN: "letters, digits, - and _, at most 64, the first a letter or digit"}
 _VALUE_KINDS = ("literal_error", "greater", "less", "multiple", "too_", "string_too", "string_pattern")
 

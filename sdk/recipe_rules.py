@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.errors import RecipeError
 from edgewright.export.targets import TARGETS
 from edgewright.recipe_errors import did_you_mean, dotted, show
 from edgewright.recipe_shape import at
@@ -17,6 +18,7 @@ from edgewright.yaml_positions import Path as TreePath
 from edgewright.yaml_positions import Problem, Tree
 
 if TYPE_CHECKING:
+    from edgewright.compress.distill import DistillConfig
     from edgewright.recipe import Recipe, StageConfig
 
 
@@ -32,7 +34,7 @@ def check_rules(
         origins: which override set which path.
     """
     found = [*_unique_names(tree, "stages"), *_unique_names(tree, "exports"), *_stage_references(tree)]
-    stages = _names(tree, "stages")
+    stages = _named(_sections(tree, "stages"), "train")
     for index, export in enumerate(_sections(tree, "exports")):
         path: TreePath = ("exports", index)
         overridden = any((*path, "model")[: len(known)] == known for known in origins)
@@ -43,8 +45,62 @@ def check_rules(
     return found
 
 
+LOSS_OF = {"sampled": "rs_kd", "top_k": "top_k"}
+"""The loss for each kind of targets that a cache holds."""
 PLAIN_ONLY = frozenset({"gguf", "hf"})
 """The targets that know plain linear layers alone."""
+
+
+def check_caches(recipe: Recipe) -> Iterator[Problem]:
+    """Losses that cannot use what their stage's cache will hold (EW-781), or soften it otherwise (EW-797)."""
+    caches = {stage.name: stage for stage in recipe.stages if stage.type == "cache"}
+    for index, stage in enumerate(recipe.stages):
+        if stage.type != "train" or stage.objective.type != "distill" or stage.objective.teacher.type != "cache":
+            continue
+        cache = caches.get(stage.objective.teacher.stage or "")
+        if cache is not None:
+            yield from _unusable(stage.objective, cache.targets.type, cache.temperature, ("stages", index, "objective"))
+
+
+def check_cache(stage: str, objective: DistillConfig, kind: str, temperature: float) -> None:
+    """The same of a cache that is there already.
+
+    Raises:
+        RecipeError: EW-781, EW-797.
+    """
+    for problem in _unusable(objective, kind, temperature, ()):
+        raise RecipeError(
+            problem.code,
+            problem.what,
+            where=f"stages.{stage}.objective",
+            expected=problem.expected,
+            found=problem.found,
+            fix=problem.fix,
+        )
+
+
+def _unusable(objective: DistillConfig, kind: str, temperature: float, path: TreePath) -> Iterator[Problem]:
+    for number, loss in enumerate(objective.weighted()):
+        place = path if objective.losses is None else (*path, "losses", number)
+        softened = loss.model_dump().get("temperature")
+        if loss.accepts and kind not in loss.accepts:
+            yield Problem(
+                code="EW-781",
+                what=f"{loss.function} cannot use what this cache will hold",
+                path=place,
+                expected=f"targets of the kind {' or '.join(loss.accepts)}",
+                found=kind,
+                fix=f"losses: [{{function: {LOSS_OF[kind]}, weight: 0.9}}, {{function: cross_entropy, weight: rest}}]",
+            )
+        elif loss.accepts and softened is not None and softened != temperature:
+            yield Problem(
+                code="EW-797",
+                what=f"{loss.function} and the cache that it learns from have different temperatures",
+                path=place,
+                expected=str(temperature),
+                found=str(softened),
+                fix="give both the same: targets that were drawn cannot be softened again",
+            )
 
 
 def check_factors(recipe: Recipe) -> Iterator[Problem]:
@@ -94,29 +150,58 @@ def _unique_names(tree: Tree, key: str) -> Iterator[Problem]:
             seen.add(name)
 
 
+REFERENCES: tuple[tuple[TreePath, str | None, str], ...] = (
+    (("student",), "stage", "train"),
+    (("objective", "teacher"), "stage", "train"),
+    (("objective", "teacher"), "cache", "cache"),
+    (("teacher",), "stage", "train"),
+    (("generated",), None, "generate"),
+)
+"""Sections of a stage that name another one: where, of which `type` (None: of any), and what type that stage has."""
+
+
+def _named(stages: list[dict[str, Any]], kind: str) -> list[str]:
+    """The names of those of a type."""
+    names = [stage.get("name") for stage in stages if stage.get("type", "train") == kind]
+    return [name for name in names if isinstance(name, str)]
+
+
 def _stage_references(tree: Tree) -> Iterator[Problem]:
-    """Students and teachers that name a stage must name one before their own."""
-    names = [section.get("name") for section in _sections(tree, "stages")]
-    for index in range(len(names)):
-        for inner in (("student",), ("objective", "teacher")):
+    """What names a stage must name one before its own, and of the type that makes what is needed."""
+    stages = _sections(tree, "stages")
+    for index in range(len(stages)):
+        for inner, kind, needed in _references(stages[index]):
             path: TreePath = ("stages", index, *inner)
             section = at(tree, path)
-            if (
-                not isinstance(section, dict)
-                or section.get("type") != "stage"
-                or not isinstance(section.get("stage"), str)
-            ):
+            if not isinstance(section, dict) or kind not in (None, section.get("type")):
                 continue
-            earlier = [name for name in names[:index] if isinstance(name, str)]
-            if section["stage"] not in earlier:
-                yield _bad_reference(
-                    section["stage"], (*path, "stage"), earlier, [name for name in names[index:] if name]
-                )
+            name = section.get("stage")
+            if not isinstance(name, str):
+                continue
+            fitting = [stage for stage in stages if stage.get("type", "train") == needed]
+            earlier = [
+                stage["name"] for stage in stages[:index] if stage in fitting and isinstance(stage.get("name"), str)
+            ]
+            later = [
+                stage["name"] for stage in stages[index:] if stage in fitting and isinstance(stage.get("name"), str)
+            ]
+            if name not in earlier:
+                yield _bad_reference(name, (*path, "stage"), earlier, later, needed)
 
 
-def _bad_reference(name: str, path: TreePath, earlier: list[str], later: list[str]) -> Problem:
-    what = f"{dotted(path)} names a stage that comes later" if name in later else f"{dotted(path)} names no stage"
-    expected = "an earlier stage: " + ", ".join(earlier) if earlier else "an earlier stage, and there is none"
+def _references(stage: dict[str, Any]) -> Iterator[tuple[TreePath, str | None, str]]:
+    """`REFERENCES`, and the members of ensembles."""
+    yield from REFERENCES
+    for inner in (("objective", "teacher"), ("teacher",)):
+        members = at(stage, (*inner, "members"))
+        for number in range(len(members) if isinstance(members, list) else 0):
+            yield (*inner, "members", number), "stage", "train"
+
+
+def _bad_reference(name: str, path: TreePath, earlier: list[str], later: list[str], needed: str) -> Problem:
+    kind = "stage" if needed == "train" else f"stage of type {needed}"
+    what = f"{dotted(path)} names a stage that comes later" if name in later else f"{dotted(path)} names no {kind}"
+    expected = f"an earlier {kind}: " + ", ".join(earlier) if earlier else f"an earlier {kind}, and there is none"
     fix = "move that stage before this one" if name in later else did_you_mean(name, earlier)
     return Problem(code="EW-121", what=what, path=path, expected=expected, found=show(name), fix=fix)
 

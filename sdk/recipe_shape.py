@@ -8,12 +8,26 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
 from edgewright.paths import RelativeToRecipe
 from edgewright.yaml_positions import Path, Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """Marks a union of sections: what a section without `type:` is."""
+
+    type: str
+
+
+def type_of(value: Any, usual: str) -> str:
+    """The type of a section in such a union, of a mapping or of a built one."""
+    found = value.get("type", usual) if isinstance(value, dict) else getattr(value, "type", usual)
+    return found if isinstance(found, str) else ""
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -52,9 +66,16 @@ def model_for(annotation: Any, value: Tree) -> type[BaseModel] | None:
     if len(candidates) == 1:
         return candidates[0]
     if isinstance(value, dict):
-        named = [model for model in candidates if (key := tag_key(model)) and tag(model) == value.get(key)]
+        usual = usual_type(annotation)
+        named = [model for model in candidates if (key := tag_key(model)) and tag(model) == value.get(key, usual)]
         return named[0] if named else None
     return None
+
+
+def usual_type(annotation: Any) -> str | None:
+    """What `Usual` says of a union; None where a section has to name its type."""
+    notes = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+    return next((note.type for note in notes if isinstance(note, Usual)), None)
 
 
 def element(annotation: Any) -> Any:

@@ -2,7 +2,8 @@
 
 ```
 <output_dir>/  recipe.yaml  recipe.resolved.yaml  env.json  lock  results.json  report.html
-               data/  stages/<name>/{metrics.jsonl, checkpoints/, model/, done.json}  exports/<name>/
+               data/  exports/<name>/
+               stages/<name>/{metrics.jsonl, checkpoints/, model/, done.json}, or cache/, or corpus/
 ```
 """
 
@@ -105,26 +106,38 @@ class _Run:
     def finish(self, stop: Any) -> RunResult:
         from edgewright.data import prepare_data
         from edgewright.micro_batch import memory_errors
-        from edgewright.stage import StageResult, train_stage
+        from edgewright.stage import StageResult
+        from edgewright.stage_work import StageWork
 
         corpus = self.world.main_first(lambda: prepare_data(self.recipe.data, self.directory / "data", say=self.say))
         self.world.main_only(lambda: self._begin(corpus))
         stages: dict[str, StageResult] = {}
+        outputs: dict[str, Path] = {}
         for stage in self.recipe.stages:
-            models = {name: result.model for name, result in stages.items()}
-            folder = self.directory / "stages" / stage.name
+            work = StageWork(
+                recipe=self.recipe,
+                corpus=corpus,
+                directory=self.directory / "stages" / stage.name,
+                earlier=dict(outputs),
+                say=self.say,
+                stop=stop,
+                world=self.world,
+            )
             with memory_errors(stage.name):
-                stages[stage.name] = train_stage(
-                    self.recipe, stage, corpus, folder, models, say=self.say, stop=stop, world=self.world
-                )
+                result = stage.carry_out(work)
+            outputs[stage.name] = result.output
+            if isinstance(result, StageResult):
+                stages[stage.name] = result
         self.world.main_only(lambda: self._conclude(corpus, stages))
         results = json.loads((self.directory / "results.json").read_text(encoding="utf-8"))
         return RunResult(directory=self.directory, report=self.directory / "report.html", results=results)
 
     def _begin(self, corpus: Corpus) -> None:
         """What is to be known and kept before the first stage."""
+        from edgewright.compress.cache import check_caches_made_of
         from edgewright.stage import check_same_recipe
 
+        check_caches_made_of(self.recipe, corpus)
         for stage in self.recipe.stages:
             check_same_recipe(self.recipe, stage, corpus, self.directory / "stages" / stage.name)
         _write_provenance(self.source, self.recipe, self.directory)
@@ -151,7 +164,7 @@ class _Run:
         """Refuse now what would stop a later stage."""
         from edgewright.preview import check_stages
 
-        folders = {stage.name: self.directory / "stages" / stage.name for stage in self.recipe.stages}
+        folders = {stage.name: self.directory / "stages" / stage.name for stage in self.recipe.trainings}
         finished = {name: folder / "model" for name, folder in folders.items() if (folder / "done.json").exists()}
         if len(finished) < len(folders):
             check_stages(self.recipe, corpus.vocab_size, finished)

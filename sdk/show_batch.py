@@ -75,14 +75,14 @@ def show_batch(recipe: Recipe, say: Callable[[str], None]) -> ShownBatch:
     from edgewright.data import prepare_data
     from edgewright.data.prepare import is_prepared
 
-    stage = recipe.stages[0]
+    stage = recipe.trainings[0]
     there = recipe.run_directory / "data"
     folder = there if is_prepared(recipe.data, there) else Path(tempfile.mkdtemp(prefix="edgewright-"))
     try:
         corpus = prepare_data(recipe.data, folder, say=say)
         batches = corpus.train.batches(
             sequence_length=recipe.data.sequence_length,
-            seed=recipe.seed,
+            seed=recipe.seed_of(stage),
             restart_at_documents=recipe.data.restart_at_documents,
             start_id=corpus.start_id,
             eos_id=corpus.eos_id,

@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from edgewright import checkpoint
 from edgewright.compress.distill import in_full
 from edgewright.continuation import goes_on_from_latents, start_notes, without_load_report
 from edgewright.errors import BadInput, RecipeError
-from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
+from edgewright.files import disk_errors, sha256_file, sync_directory, sync_tree, write_json
 from edgewright.memory_rules import check_offload, check_release
 from edgewright.method import by_key
 from edgewright.metrics import Metrics
@@ -31,19 +33,18 @@ from edgewright.student import (
     load_model,
     without_progress_bars,
 )
-from edgewright.training import BudgetConfig, StopRequest, TrainingConfig, decide, free_decisions, memory_decisions
+from edgewright.training import StopRequest, decide, free_decisions, memory_decisions
 from edgewright.vocabulary import check_rows, check_same_tokens
 from edgewright.weights import check_weights, hold_weights_as, plain_state_dict, without_beside
 from edgewright.world import ALONE, World
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from transformers import PreTrainedModel
 
-    from edgewright.data import Corpus
+    from edgewright.data import Batches, Corpus, TokenStream
     from edgewright.method import Method
     from edgewright.objective import Objective
-    from edgewright.recipe import MethodConfig, Recipe, StageConfig
+    from edgewright.recipe import AnyStageConfig, MethodConfig, Recipe, StageConfig
 
 WITHOUT_EFFECT_ON_BITS = frozenset(
     {
@@ -79,6 +80,11 @@ class StageResult:
     peak_memory: int | None = None
     """Bytes above what the process had before; None where the system does not tell, or in a run of an older version."""
 
+    @property
+    def output(self) -> Path:
+        """What later stages start from or learn from."""
+        return self.model
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
@@ -112,6 +118,8 @@ def train_stage(
     """
     import torch
 
+    from edgewright.compress.generate import open_generated
+    from edgewright.data import MixedBatches
     from edgewright.trainer import Job, Trainer, TrainingModule
 
     done = directory / "done.json"
@@ -142,7 +150,7 @@ def train_stage(
     if state.decisions["offload_optimizer"]:
         check_offload(state.decisions["device"])
     limit_allocator(stage.budget.memory)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed_of(stage))
     check_weights(model, state.decisions["weights"], methods=[config.type for config in stage.methods])
     stored = hold_weights_as(model, state.decisions["weights"])  # before the device sees them, which may be too small
     if stored:
@@ -162,20 +170,14 @@ def train_stage(
     for method in methods:
         method.check_run(steps)
     _prepare(methods, model, origin, say)
-    batches, held_out = (
-        stream.batches(
-            sequence_length=data.sequence_length,
-            seed=recipe.seed,
-            restart_at_documents=data.restart_at_documents,
-            start_id=corpus.start_id,
-            eos_id=corpus.eos_id,
-        )
-        for stream in (corpus.train, corpus.held_out)
-    )
+    batches, held_out = (_batches(recipe, stage, corpus, stream) for stream in (corpus.train, corpus.held_out))
     packing = batches.describe()
     if packing:
         say(f"{stage.name}: {packing}")
-    objective = _objective(stage, model, corpus, earlier, say)
+    if stage.generated is not None:
+        text = open_generated(earlier[stage.generated.stage])
+        batches = MixedBatches(batches, _batches(recipe, stage, corpus, text), stage.generated.share)
+    objective = _objective(recipe, stage, model, corpus, earlier, say)
     objective.attach(model)
     module = TrainingModule(model, objective, getattr(torch, state.decisions["precision"]))
     job = Job(
@@ -268,7 +270,7 @@ def _student(
             max_position_embeddings=recipe.data.sequence_length,
             bos=corpus.start_id,
             eos=corpus.eos_id,
-            seed=recipe.seed,
+            seed=recipe.seed_of(stage),
         )
         return preset, None
     from edgewright.export.lattice import SIDECAR
@@ -319,21 +321,33 @@ def _within_budget(
     """What `budget.memory` changes in the decisions of a run that begins."""
     from edgewright.budget_search import within_budget
 
-    teacher = model_of(stage.objective.teacher, earlier) if stage.objective.type == "distill" else None
-    choice = within_budget(recipe, stage, model, teacher, decisions)
+    choice = within_budget(recipe, stage, model, [teacher.directory(earlier) for teacher in stage.teachers], decisions)
     if choice is None:
         return {}
     say(f"{stage.name}: {choice.text}")
     return choice.settings
 
 
+def _batches(recipe: Recipe, stage: StageConfig, corpus: Corpus, stream: TokenStream) -> Batches:
+    """The sequences of some text in the order of this stage."""
+    return stream.batches(
+        sequence_length=recipe.data.sequence_length,
+        seed=recipe.seed_of(stage),
+        restart_at_documents=recipe.data.restart_at_documents,
+        start_id=corpus.start_id,
+        eos_id=corpus.eos_id,
+    )
+
+
 def _objective(
+    recipe: Recipe,
     stage: StageConfig,
     student: PreTrainedModel,
     corpus: Corpus,
     earlier: dict[str, Path],
     say: Callable[[str], None],
 ) -> Objective:
+    from edgewright.compress.cache import CachedTargets, CacheKey
     from edgewright.compress.cross_tokenizer import CrossTokenizerTeacher
     from edgewright.compress.teacher import OnlineTeacher
     from edgewright.objective import NextTokenConfig
@@ -342,18 +356,20 @@ def _objective(
     config = stage.objective
     if isinstance(config, NextTokenConfig):
         return config.build()
-    teacher = model_of(config.teacher, earlier)
-    role = f"teacher of stage {stage.name}"
-    if config.crosses_tokenizers:
+    role, source = f"teacher of stage {stage.name}", config.teacher.build(earlier, CacheKey.of(recipe.data, corpus))
+    if config.crosses_tokenizers and isinstance(source, OnlineTeacher) and source.directory is not None:
         say(f"note: {role}: it reads the text in its own tokens, and is compared where both have read the same")
-        return config.build(CrossTokenizerTeacher(OnlineTeacher(teacher), corpus.tokenizer_dir, teacher))
-    rows = stored_architecture(teacher).config.get_text_config().vocab_size
-    for note in (
-        *check_same_tokens(corpus.tokenizer_dir, teacher, role=role),
-        *check_rows(student.config.vocab_size, rows, corpus.vocab_size, role=role, where=teacher),
-    ):
-        say(f"note: {note}")
-    return config.build(OnlineTeacher(teacher))
+        return config.build(CrossTokenizerTeacher(source, corpus.tokenizer_dir, source.directory))
+    rows = [(source.folder, source.layout.vocab_size)] if isinstance(source, CachedTargets) else []
+    for teacher in stage.teachers:
+        directory = teacher.directory(earlier)
+        rows.append((directory, stored_architecture(directory).config.get_text_config().vocab_size))
+        for note in check_same_tokens(corpus.tokenizer_dir, directory, role=role):
+            say(f"note: {note}")
+    for where, count in rows:
+        for note in check_rows(student.config.vocab_size, count, corpus.vocab_size, role=role, where=where):
+            say(f"note: {note}")
+    return config.build(source)
 
 
 def _prepare(methods: list[Method], model: PreTrainedModel, origin: Origin | None, say: Callable[[str], None]) -> None:
@@ -408,22 +424,18 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, directory: Path) -> None:
+def check_same_recipe(recipe: Recipe, stage: AnyStageConfig, corpus: Corpus, directory: Path) -> None:
     """Refuse to go on with a run that another recipe began; remember this one's if there is none."""
     kept = directory / "stage.json"
-    dumped = stage.model_dump(mode="json")
-    dumped["training"] = {k: v for k, v in dumped["training"].items() if k not in WITHOUT_EFFECT_ON_BITS}
-    dumped["objective"] = in_full(dumped["objective"])
-    dumped |= {"seed": recipe.seed, "sequence_length": recipe.data.sequence_length, "data": corpus.fingerprint}
+    dumped = _with_effect(stage)
+    seed = recipe.seed if stage.seed is None else stage.seed
+    dumped |= {"seed": seed, "sequence_length": recipe.data.sequence_length, "data": corpus.fingerprint}
     now = json.loads(json.dumps(_portable(dumped)))
     if not kept.exists():
         directory.mkdir(parents=True, exist_ok=True)
         write_json(kept, now)
         return
-    before = json.loads(kept.read_text(encoding="utf-8"))
-    before["training"] = _with_defaults(before["training"], TrainingConfig)
-    before["budget"] = _with_defaults(before["budget"], BudgetConfig)
-    before["objective"] = in_full(before["objective"])
+    before = _with_defaults(json.loads(kept.read_text(encoding="utf-8")), type(stage))
     changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
     if changed:
         raise RecipeError(
@@ -436,17 +448,38 @@ def check_same_recipe(recipe: Recipe, stage: StageConfig, corpus: Corpus, direct
         )
 
 
-def _with_defaults(section: dict[str, Any], config: type[BaseModel]) -> dict[str, Any]:
-    """A section that was written before the settings were there that it lacks: they had their defaults."""
-    defaults = {name: field.default for name, field in config.model_fields.items() if not field.is_required()}
-    return {**{k: v for k, v in defaults.items() if k not in WITHOUT_EFFECT_ON_BITS}, **section}
+def _with_effect(stage: AnyStageConfig) -> dict[str, Any]:
+    """A stage's settings without those that change nothing of the result."""
+    dumped = stage.model_dump(mode="json")
+    if "training" in dumped:
+        dumped["training"] = {k: v for k, v in dumped["training"].items() if k not in WITHOUT_EFFECT_ON_BITS}
+        dumped["objective"] = in_full(dumped["objective"])
+    return dumped
+
+
+def _with_defaults(before: dict[str, Any], kind: type[AnyStageConfig]) -> dict[str, Any]:
+    """What was written before some settings were there: they had their defaults. As it is where it no longer reads."""
+    of_the_run = {name: before[name] for name in ("seed", "sequence_length", "data") if name in before}
+    settings = {name: value for name, value in before.items() if name not in ("sequence_length", "data")}
+    try:
+        filled = _with_effect(kind.model_validate(settings))
+    except ValidationError:
+        return before
+    return json.loads(json.dumps(filled | of_the_run))
 
 
 def _portable(value: Any) -> Any:
-    """Model directories by the hash of their weights, so that moving files does not look like another recipe."""
+    """Files by the hash of their content, so that moving them does not look like another recipe."""
+    from edgewright.compress.cache import read_manifest
+    from edgewright.data.files import find
+
     if isinstance(value, dict):
         if value.get("type") == "checkpoint":
             return {**value, "model": _weights_hash(Path(value["model"]))}
+        if value.get("type") == "cache" and value.get("path"):
+            return {**value, "path": read_manifest(Path(value["path"]))["fingerprint"]}
+        if value.get("type") == "files" and "files" in value:
+            return {**value, "files": [sha256_file(path) for _, path in find(tuple(value["files"]))]}
         return {key: _portable(inner) for key, inner in value.items()}
     return value
 

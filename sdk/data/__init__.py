@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from edgewright.data.batches import IGNORED, Batch, Batches
+from edgewright.data.batches import IGNORED, Batch, Batches, MixedBatches
 from edgewright.data.documents import iterate_documents
 from edgewright.data.files import FilesData
 from edgewright.data.hf import HfData
@@ -28,6 +28,7 @@ __all__ = [
     "FilesData",
     "HfData",
     "InstructData",
+    "MixedBatches",
     "PretrainedTokenizer",
     "StdlibData",
     "TokenStream",

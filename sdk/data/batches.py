@@ -6,7 +6,9 @@ but the first, so every token but the very first is predicted exactly once in an
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -88,6 +90,10 @@ class Batches:
         """What is to be said of how the sequences were made; None: nothing."""
         return None
 
+    def index_at(self, position: int) -> int:
+        """Which sequence is at a position of the endless order."""
+        return int(self._order.at(position, 1)[0])
+
     def batch(self, position: int, size: int) -> Batch:
         """The `size` sequences from `position` of the endless order on; it may run across the end of an epoch."""
         return self.rows(self._order.at(position, size).tolist())
@@ -122,6 +128,56 @@ class Batches:
         place = sequence * self.sequence_length + position
         starts = np.flatnonzero(np.asarray(self.stream.tokens[: place + 1]) == self.start_id)
         return max(1, len(starts)), place - int(starts[-1] if len(starts) else 0) + 1
+
+
+class MixedBatches(Batches):
+    """Two streams, each in an endless order of its own, in a fixed proportion at every position.
+
+    Of the first p sequences floor(p * share) are of the second stream, so any stretch has its share to within one, and
+    going on from a position needs nothing but the position.
+
+    Args:
+        first, second: of one sequence length and tokenizer.
+        share: of the second, 0 < share <= 1.
+    """
+
+    def __init__(self, first: Batches, second: Batches, share: float) -> None:
+        assert first.sequence_length == second.sequence_length and 0 < share <= 1
+        self.first, self.second, self.share = first, second, Fraction(share).limit_denominator(10_000)
+        self.sequence_length = first.sequence_length
+        self.restart_at_documents = first.restart_at_documents
+
+    def __len__(self) -> int:
+        """Sequences of both; those of the second are numbered after those of the first."""
+        return len(self.first) + len(self.second)
+
+    def rows(self, indices: list[int]) -> Batch:
+        border = len(self.first)
+        parts = [self.first.rows([i]) if i < border else self.second.rows([i - border]) for i in indices]
+        arrays = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("input_ids", "labels", "position_ids", "document_ids")
+        }
+        return Batch(
+            **arrays,
+            has_borders=any(part.has_borders for part in parts),
+            valid_tokens=sum(part.valid_tokens for part in parts),
+            indices=indices,
+        )
+
+    def document_at(self, sequence: int, position: int) -> tuple[int, int]:
+        inside = sequence - len(self.first)
+        return self.first.document_at(sequence, position) if inside < 0 else self.second.document_at(inside, position)
+
+    def batch(self, position: int, size: int) -> Batch:
+        before = [int(p * self.share) for p in range(position, position + size + 1)]
+        indices = []
+        for p, (of_second, after) in enumerate(itertools.pairwise(before), start=position):
+            mixed_in = after > of_second
+            indices.append(
+                self.second.index_at(of_second) + len(self.first) if mixed_in else self.first.index_at(p - of_second)
+            )
+        return self.rows(indices)
 
 
 def sequences(tokens: int, sequence_length: int) -> int:

@@ -49,6 +49,8 @@ class Corpus:
     """How the text was divided; `iterate_documents` finds the same text with it."""
     report: dict[str, Any]
     """What was read, kept and dropped: JSON."""
+    hashes: dict[str, str]
+    """SHA-256 of the tokens of each split and of the tokenizer's files, by the name of the file or the split."""
 
 
 def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
@@ -82,6 +84,15 @@ def prepare_data(config: Source, directory: Path, *, say: Say) -> Corpus:
 def is_prepared(config: Source, directory: Path) -> bool:
     """Whether `prepare_data` would find all done."""
     return not isinstance(read_index(directory, _fingerprint(config)), str)
+
+
+def prepared_index(config: Source, directory: Path) -> dict[str, Any] | None:
+    """The index of a corpus that was prepared of this source, without reading its files; None where there is none."""
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) and index.get("fingerprint") == _fingerprint(config) else None
 
 
 def _fingerprint(config: Source) -> str:
@@ -253,4 +264,5 @@ def _open(directory: Path, index: dict[str, Any], config: Source) -> Corpus:
         fingerprint=hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         split=TypeAdapter[Split](Split).validate_python(split),
         report={**index["report"], "split": split},
+        hashes=contents,
     )

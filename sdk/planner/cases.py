@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from edgewright.compress.cache import read_manifest
+from edgewright.compress.cache_config import CacheStageConfig, TopKConfig
+from edgewright.compress.cache_format import Layout
+from edgewright.compress.teacher_config import CachedTeacherConfig
 from edgewright.planner.simulate import Case
-from edgewright.preview import Reserved, architecture, preview, stored_architecture
-from edgewright.student import WITHOUT_SDPA
+from edgewright.planner.teachers import as_held, stored, stored_teacher
+from edgewright.preview import Reserved, architecture, preview
 from edgewright.training import decide
 
 if TYPE_CHECKING:
@@ -27,7 +30,10 @@ class StageModels:
     """The models of a stage, on meta."""
 
     student: PreTrainedModel
-    teacher: PreTrainedModel | None
+    teachers: tuple[PreTrainedModel, ...] = ()
+    """As their weights are held."""
+    cached: Layout | None = None
+    """Of the cache that it learns from."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -38,17 +44,27 @@ def stage_models(recipe: Recipe, vocab_size: int) -> Iterator[tuple[StageConfig,
         EdgewrightError: what `preview` and `architecture` raise.
     """
     left: dict[str, PreTrainedModel] = {}
-    for stage in recipe.stages:
-        teacher = None
-        if stage.objective.type == "distill":
-            config = stage.objective.teacher
-            teacher = copy.deepcopy(left[config.stage]) if config.type == "stage" else stored(config.model)
+    for stage in recipe.trainings:
+        teachers = tuple(
+            as_held(copy.deepcopy(left[config.stage]), config.weights)
+            if config.type == "stage"
+            else stored_teacher(config.model, config.weights)
+            for config in stage.teachers
+        )
         if stage.student.type == "checkpoint":
             student = stored(stage.student.model)
         else:
             student = architecture(recipe, stage, vocab_size, left)
-        notes = [note for model in (student, teacher) if model is not None for note in _dense(model)]
-        yield stage, StageModels(student=copy.deepcopy(student), teacher=teacher, notes=tuple(notes))
+        notes = [note for model in (student, *teachers) for note in _dense(model)]
+        yield (
+            stage,
+            StageModels(
+                student=copy.deepcopy(student),
+                teachers=teachers,
+                cached=cache_layout(recipe, stage, vocab_size),
+                notes=tuple(notes),
+            ),
+        )
         left[stage.name] = preview(recipe, stage, student).left
 
 
@@ -61,7 +77,8 @@ def case(stage: StageConfig, models: StageModels, recipe: Recipe, device: Device
     return Case(
         stage=stage,
         student=models.student,
-        teacher=models.teacher,
+        teachers=models.teachers,
+        cached=models.cached,
         sequence_length=length,
         decisions=decisions | _on(device, settings.precision),
         borders=recipe.data.restart_at_documents,
@@ -77,12 +94,22 @@ def _on(device: Device, precision: str) -> dict[str, Any]:
     return {"device": device.kind, "precision": chosen, "compile": False}
 
 
-def stored(directory: Path) -> PreTrainedModel:
-    """The model of a directory on meta, with the attention that training gives it."""
-    model = stored_architecture(directory)
-    if model.config.model_type in WITHOUT_SDPA:
-        model.set_attn_implementation("eager")
-    return model
+def cache_layout(recipe: Recipe, stage: StageConfig, vocab_size: int = 2) -> Layout | None:
+    """How the cache is laid out that a stage learns from; None where it learns from none.
+
+    Args:
+        vocab_size: stands for that of a teacher that is not there yet.
+    """
+    teacher = stage.teacher
+    if not isinstance(teacher, CachedTeacherConfig):
+        return None
+    if teacher.path is not None:
+        return Layout(**read_manifest(teacher.path)["layout"])
+    config = next(other for other in recipe.stages if other.name == teacher.stage)
+    assert isinstance(config, CacheStageConfig), "the recipe was checked"
+    targets = config.targets
+    most = targets.k if isinstance(targets, TopKConfig) else targets.samples
+    return Layout(kind=targets.type, most=most, vocab_size=vocab_size)
 
 
 def _dense(model: PreTrainedModel) -> Iterator[str]:

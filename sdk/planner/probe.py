@@ -68,7 +68,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     import torch
 
     from edgewright.checkpoint import TrainState
-    from edgewright.compress.teacher import OnlineTeacher
+    from edgewright.compress.cache import CacheKey
     from edgewright.metrics import Metrics
     from edgewright.objective import NextTokenConfig
     from edgewright.planner.cases import case, stage_models
@@ -92,8 +92,8 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     if isinstance(stage.objective, NextTokenConfig):
         objective: Any = stage.objective.build()
     else:
-        assert stage.objective.teacher.type == "checkpoint", "only then there is a teacher to load"
-        objective = stage.objective.build(OnlineTeacher(stage.objective.teacher.model))
+        key = CacheKey(tokens="", tokenizer="", sequence_length=0, restart_at_documents=True)  # of no cache
+        objective = stage.objective.build(stage.objective.teacher.build({}, key))
     objective.attach(model)
     settings = stage.training
     module = TrainingModule(model, objective, getattr(torch, decisions["precision"]))

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgewright.compress.teacher import OnlineTeacher
+from edgewright.compress.cache_format import Layout
+from edgewright.compress.targets import TargetSource
+from edgewright.compress.teacher import Ensemble, OnlineTeacher
 from edgewright.memory_rules import check_release
 from edgewright.method import StepContext
 from edgewright.objective import ModelInputs, Objective
@@ -85,12 +87,15 @@ class Case:
 
     stage: StageConfig
     student: PreTrainedModel
-    teacher: PreTrainedModel | None
+    teachers: tuple[PreTrainedModel, ...]
+    """As their weights are held; all of them in memory."""
     sequence_length: int
     decisions: dict[str, Any]
     """As `training.decide` takes them: precision, micro-batch, weights and so on."""
     borders: bool
     """Whether documents meet inside sequences, so that attention gets a mask."""
+    cached: Layout | None = None
+    """Of the cache that it learns from."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,8 +145,8 @@ def simulate(case: Case) -> Step:
                 method.prepare(student)
             ledger.assign_all(student, "weights")
         with ledger.part("teacher"):
-            teacher = None if case.teacher is None else _weightless(case.teacher).eval().requires_grad_(False)
-        objective = _objective(case, teacher, ledger)
+            teachers = [_weightless(teacher).eval().requires_grad_(False) for teacher in case.teachers]
+        objective = _objective(case, teachers, ledger)
         with ledger.part("weights"):
             objective.attach(student)
         run = _Run(case, student, methods, objective, ledger)
@@ -257,16 +262,25 @@ def _weightless(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _objective(case: Case, teacher: PreTrainedModel | None, ledger: Ledger) -> Objective:
+def _objective(case: Case, teachers: list[PreTrainedModel], ledger: Ledger) -> Objective:
     config = case.stage.objective
     if config.type == "next_token":
         return config.build()
-    assert teacher is not None, "distillation has a teacher"
-    objective = config.build(OnlineTeacher(model=teacher))
     before: list[str] = []
-    teacher.base_model.register_forward_pre_hook(lambda *_: before.append(ledger.enter("teacher")))
-    teacher.base_model.register_forward_hook(lambda *_: ledger.leave(before.pop()))
-    return objective
+    for teacher in teachers:
+        teacher.base_model.register_forward_pre_hook(lambda *_: before.append(ledger.enter("teacher")))
+        teacher.base_model.register_forward_hook(lambda *_: ledger.leave(before.pop()))
+    return config.build(_source(case, teachers))
+
+
+def _source(case: Case, teachers: list[PreTrainedModel]) -> TargetSource:
+    """Where the targets come from."""
+    if case.cached is not None:
+        from edgewright.planner.teachers import CachedShapes
+
+        return CachedShapes(case.cached)
+    online = [OnlineTeacher(model=teacher) for teacher in teachers]
+    return online[0] if len(online) == 1 else Ensemble(online)
 
 
 def _inputs(case: Case) -> ModelInputs:

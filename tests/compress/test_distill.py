@@ -74,7 +74,8 @@ def test_the_short_keys_are_a_list_of_two() -> None:
     long = DistillConfig.model_validate(
         {"teacher": TEACHER, "losses": [loss.model_dump() for loss in short.weighted()]}
     )
-    before = {"type": "distill", "teacher": TEACHER, "kl_weight": 0.9, "temperature": 2.0}  # as older runs kept it
+    teacher = {"weights": "fp32", **TEACHER}
+    before = {"type": "distill", "teacher": teacher, "kl_weight": 0.9, "temperature": 2.0}  # as older runs kept it
     assert in_full(before) == in_full(short.model_dump(mode="json")) == in_full(long.model_dump(mode="json"))
     assert in_full(before) != in_full({**before, "kl_weight": 0.8})
 

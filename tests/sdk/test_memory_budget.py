@@ -37,7 +37,7 @@ def case(method: dict[str, Any] | None = None, **training: Any) -> Case:
     return Case(
         stage=stage,
         student=build_preset(stage.student, vocab_size=128, max_position_embeddings=64, bos=0, eos=0, seed=0),
-        teacher=None,
+        teachers=(),
         sequence_length=64,
         decisions={**fixed, **memory_decisions(stage.training)},
         borders=False,

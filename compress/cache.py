@@ -1,0 +1,302 @@
+"""Targets from disk: what a teacher said about every token of the training text, found by the number of the sequence.
+
+Random sampling (Sparse Logit Sampling, arXiv 2503.16870): N draws for each token, so that count / N has the teacher's
+distribution as its mean and so has the gradient; or the k most probable tokens with the mass of all others.
+
+A cache belongs to the tokens in their order, to the tokenizer and to the packing, since a sequence is found by its
+number and the teacher saw it whole. What it was made from stands in `cache.json`, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgewright.compress.cache_format import Layout, Piece, from_bytes, piece_path, to_bytes
+from edgewright.compress.targets import Sampled, TargetSource, TopK
+from edgewright.compress.teacher_config import CachedTeacherConfig
+from edgewright.errors import BadInput, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from edgewright.data import Corpus
+    from edgewright.data.source import Source
+    from edgewright.objective import ModelInputs
+    from edgewright.recipe import Recipe
+
+MANIFEST = "cache.json"
+FORMAT = 1
+FOLDER = "cache"
+"""Of the stage's own folder."""
+MOST_OPEN = 512
+"""Pieces that stay open."""
+WORDS = {
+    "tokens": "the tokens of the training text",
+    "tokenizer": "the tokenizer",
+    "sequence_length": "data.sequence_length",
+    "restart_at_documents": "data.restart_at_documents",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheKey:
+    """What a cache has to have been made of."""
+
+    tokens: str
+    """SHA-256 over the packed tokens, and over what says which are learned."""
+    tokenizer: str
+    """SHA-256 over the tokenizer's files."""
+    sequence_length: int
+    restart_at_documents: bool
+
+    @classmethod
+    def of(cls, data: Source, corpus: Corpus) -> CacheKey:
+        """Of a recipe's data."""
+        tokenizer = {name: value for name, value in corpus.hashes.items() if name.startswith("tokenizer/")}
+        text = {name: value for name, value in corpus.hashes.items() if name.startswith("train")}
+        return cls(
+            tokens=hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest(),
+            tokenizer=hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
+            sequence_length=data.sequence_length,
+            restart_at_documents=data.restart_at_documents,
+        )
+
+
+def fingerprint(key: CacheKey, made: dict[str, Any]) -> str:
+    """Of a cache: what it was made of, by which teacher, how."""
+    return hashlib.sha256(json.dumps([FORMAT, asdict(key), made], sort_keys=True).encode()).hexdigest()
+
+
+def encode_sampled(ids: Tensor, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Draws as entries.
+
+    Args:
+        ids: [N, samples] int64, drawn tokens in any order.
+
+    Returns:
+        (counts uint8 [N]: different tokens; entries uint8 [sum(counts), entry_bytes], by token, ids rising).
+    """
+    drawn = ids.sort(-1).values.cpu().numpy()
+    first = np.ones(drawn.shape, bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    places = np.flatnonzero(first)
+    times = np.diff(places, append=drawn.size)  # a run never crosses rows, as each row begins one
+    entries = drawn.reshape(-1)[places].astype(np.uint64) + ((times - 1).astype(np.uint64) << np.uint64(layout.id_bits))
+    return first.sum(-1).astype(np.uint8), to_bytes(entries, layout.entry_bytes)
+
+
+def sampled_sections(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    """A piece's sections, of the `encode_sampled` of its batches in order."""
+    counts = np.concatenate([count for count, _ in parts])
+    each = counts.reshape(-1, length).sum(-1, dtype=np.uint64)
+    starts = np.concatenate([np.zeros(1, np.uint64), np.cumsum(each, dtype=np.uint64)]).astype("<u8")
+    return {"starts": starts, "counts": counts, "entries": np.concatenate([entries for _, entries in parts])}
+
+
+def encode_top_k(targets: TopK, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids uint8 [N, k, id_bytes], probabilities float16 [N, k], tail float16 [N])."""
+    ids = to_bytes(targets.ids.cpu().numpy(), layout.id_bytes)
+    probabilities = targets.log_probs.exp().cpu().numpy().astype("<f2")
+    return ids, probabilities, targets.tail.cpu().numpy().astype("<f2")
+
+
+def top_k_sections(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """A piece's sections, of the `encode_top_k` of its batches in order."""
+    ids, probabilities, tails = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return {"ids": ids, "probabilities": probabilities, "tail": tails}
+
+
+class CachedTargets(TargetSource):
+    """The pieces of a cache, opened when a sequence of theirs is asked for; the content is verified then."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.layout = Layout(**manifest["layout"])
+        self.temperature = float(manifest["made"]["temperature"])
+        self._length = int(manifest["key"]["sequence_length"])
+        self._pieces: dict[int, Piece] = {}
+
+    def prepare(self, student: PreTrainedModel, device: torch.device) -> None:
+        """Look at every piece's header and size.
+
+        Raises:
+            BadInput: EW-791, naming the first piece that is missing, cut off or of another cache.
+        """
+        for number in range(self.manifest["pieces"]):
+            Piece(piece_path(self.folder, number), self.manifest["fingerprint"])
+
+    def _piece(self, number: int) -> Piece:
+        piece = self._pieces.pop(number, None)
+        if piece is None:
+            piece = Piece(piece_path(self.folder, number), self.manifest["fingerprint"])
+        self._pieces[number] = piece  # the last used is the last to go
+        if len(self._pieces) > MOST_OPEN:
+            del self._pieces[next(iter(self._pieces))]
+        return piece
+
+    def _rows(self, inputs: ModelInputs) -> list[tuple[Piece, int]]:
+        """The piece of every sequence of a micro-batch, and the row in it.
+
+        Raises:
+            BadInput: EW-792, the cache does not have that sequence.
+        """
+        assert inputs.sequences is not None, "batches of a stream know their sequences"
+        assert inputs.input_ids.shape[1] == self._length, "the key was compared"
+        each = self.manifest["piece_sequences"]
+        outside = [number for number in inputs.sequences if not 0 <= number < self.manifest["sequences"]]
+        if outside:
+            raise BadInput(
+                "EW-792",
+                "the cache has no targets for a sequence of this data",
+                where=self.folder.absolute(),
+                expected=f"sequences 0 to {self.manifest['sequences'] - 1}",
+                found=outside[0],
+                fix="make a cache of this data",
+            )
+        return [(self._piece(number // each), number % each) for number in inputs.sequences]
+
+
+class CachedSamples(CachedTargets):
+    """Random-sampling targets from disk."""
+
+    gives = Sampled
+
+    def targets(self, inputs: ModelInputs, dtype: torch.dtype) -> Sampled:
+        counts, entries = [], []
+        for piece, row in self._rows(inputs):
+            length, width = self._length, self.layout.entry_bytes
+            begin, end = np.frombuffer(piece.section("starts"), "<u8")[row : row + 2].tolist()
+            counts.append(piece.section("counts")[row * length : (row + 1) * length])
+            entries.append(piece.section("entries")[begin * width : end * width])
+        count = np.concatenate(counts).astype(np.int64)
+        values = from_bytes(np.concatenate(entries), self.layout.entry_bytes)
+        ids = values & ((1 << self.layout.id_bits) - 1)
+        times = (values >> self.layout.id_bits) + 1
+        token = np.repeat(np.arange(len(count)), count)
+        column = np.arange(len(values)) - np.repeat(np.cumsum(count) - count, count)
+        shape = (len(count), int(count.max(initial=1)))
+        padded_ids, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        padded_ids[token, column] = ids
+        weights[token, column] = times / self.layout.most
+        device = inputs.input_ids.device
+        return Sampled(
+            ids=torch.from_numpy(padded_ids).to(device),
+            weights=torch.from_numpy(weights).to(device),
+            temperature=self.temperature,
+        )
+
+
+class CachedTopK(CachedTargets):
+    """Top-k targets with tail mass from disk. Rounded to float16 they do not quite add up to 1: the larger of head and
+    tail is made to."""
+
+    gives = TopK
+
+    def targets(self, inputs: ModelInputs, dtype: torch.dtype) -> TopK:
+        ids, probabilities, tails = [], [], []
+        k, width = self.layout.most, self.layout.id_bytes
+        for piece, row in self._rows(inputs):
+            window = slice(row * self._length, (row + 1) * self._length)
+            whole = piece.section("ids").reshape(-1, k * width)[window]
+            ids.append(from_bytes(whole, width).reshape(-1, k))
+            probabilities.append(np.frombuffer(piece.section("probabilities"), "<f2").reshape(-1, k)[window])
+            tails.append(np.frombuffer(piece.section("tail"), "<f2")[window])
+        device = inputs.input_ids.device
+        tail = torch.from_numpy(np.concatenate(tails).astype(np.float32)).to(device)
+        head = torch.from_numpy(np.concatenate(probabilities).astype(np.float32)).to(device)
+        mass = head.sum(-1)
+        mostly_tail = tail > mass  # the smaller of both is the more exact
+        head *= torch.where(mostly_tail, 1.0, (1.0 - tail) / mass.clamp_min(1e-30))[:, None]
+        tail = torch.where(mostly_tail, 1.0 - mass, tail)
+        return TopK(
+            ids=torch.from_numpy(np.concatenate(ids)).to(device),
+            log_probs=head.log(),
+            tail=tail,
+            temperature=self.temperature,
+        )
+
+
+SOURCES: dict[str, type[CachedTargets]] = {"sampled": CachedSamples, "top_k": CachedTopK}
+
+
+def open_cache(folder: Path, key: CacheKey) -> CachedSamples | CachedTopK:
+    """A finished cache that was made of this data.
+
+    Raises:
+        BadInput: EW-793, there is no finished cache. RecipeError: EW-794, it was made of other data; it says what
+            differs.
+    """
+    manifest = read_manifest(folder)
+    check_made_of(folder, manifest, key)
+    source = SOURCES[manifest["layout"]["kind"]](folder, manifest)
+    assert isinstance(source, CachedSamples | CachedTopK)
+    return source
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a finished cache says of itself.
+
+    Raises:
+        BadInput: EW-793.
+    """
+    path = folder / MANIFEST
+    pieces = len(list(folder.glob("*.targets"))) if folder.is_dir() else 0
+    found = f"{pieces} pieces and no {MANIFEST}" if pieces else "no such file"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] == FORMAT and manifest["layout"]["kind"] in SOURCES:
+            return manifest
+        found = f"format {manifest['format']}"
+    except OSError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        found = "a damaged file"
+    raise BadInput(
+        "EW-793",
+        "this is no finished cache of targets",
+        where=path.absolute(),
+        expected="the folder that a stage of type cache wrote, to its end",
+        found=found,
+        fix="run the recipe with the cache stage (again): it goes on where it stopped",
+    )
+
+
+def check_made_of(folder: Path, manifest: dict[str, Any], key: CacheKey) -> None:
+    """Refuse a cache of other data.
+
+    Raises:
+        RecipeError: EW-794.
+    """
+    theirs, ours = manifest["key"], asdict(key)
+    different = [name for name in WORDS if theirs.get(name) != ours[name]]
+    if different:
+        raise RecipeError(
+            "EW-794",
+            "the cache was made of other data: " + " and ".join(WORDS[name] for name in different) + " differ",
+            where=folder.absolute(),
+            expected={name: ours[name] for name in different},
+            found={name: theirs.get(name) for name in different},
+            fix="run a cache stage on this data, or use the data that the cache was made of",
+        )
+
+
+def check_caches_made_of(recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse caches of other runs that were made of other data, before the first stage.
+
+    Raises:
+        BadInput: EW-793. RecipeError: EW-794.
+    """
+    for stage in recipe.trainings:
+        teacher = stage.teacher
+        if isinstance(teacher, CachedTeacherConfig) and teacher.path is not None:
+            open_cache(teacher.path, CacheKey.of(recipe.data, corpus))

@@ -1,0 +1,141 @@
+"""Teachers that run: what they are held in, several of them, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from edgewright.compress.teacher import Ensemble, OnlineTeacher, open_frozen
+from edgewright.errors import Unsafe
+from edgewright.objective import ModelInputs
+
+CPU = torch.device("cpu")
+VOCABULARY = 61
+TOKENIZER = Path(__file__).resolve().parents[2] / "examples/teacher/tokenizer.json"
+
+
+def save(directory: Path, *, seed: int = 0, vocabulary: int = VOCABULARY, hidden: int = 128) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    shutil.copy(TOKENIZER, directory)  # the guard asks for one; none of these tests reads it
+    return model
+
+
+def inputs(rows: int = 2, length: int = 12) -> ModelInputs:
+    ids = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    return ModelInputs(
+        input_ids=ids, labels=ids, position_ids=None, attention_mask=None, sequences=tuple(range(7, 7 + rows))
+    )
+
+
+def logits(source: OnlineTeacher | Ensemble, given: ModelInputs, chunk: int = 5) -> torch.Tensor:
+    """All of them, asked for in chunks."""
+    targets, count = source.targets(given, torch.float32), given.input_ids.numel()
+    return torch.cat([targets.rows(slice(b, min(b + chunk, count))).values for b in range(0, count, chunk)])
+
+
+def prepared(source: OnlineTeacher | Ensemble) -> OnlineTeacher | Ensemble:
+    source.prepare(None, CPU)
+    return source
+
+
+@torch.no_grad()
+def test_an_online_teacher_says_what_the_model_says_and_keeps_nothing(tmp_path: Path) -> None:
+    model = save(tmp_path / "t")
+    given = inputs()
+    source = prepared(OnlineTeacher(tmp_path / "t"))
+    expected = model(input_ids=given.input_ids).logits.flatten(0, 1)
+    torch.testing.assert_close(logits(source, given), expected, rtol=1e-5, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in source.open().parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resident", ["all", "one"])
+def test_an_ensembles_logits_are_the_mean_of_its_members(tmp_path: Path, resident: str) -> None:
+    models = [save(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    given = inputs()
+    source = prepared(Ensemble([OnlineTeacher(tmp_path / str(seed)) for seed in range(3)], resident=resident))
+    expected = torch.stack([model(input_ids=given.input_ids).logits for model in models]).double().mean(0).flatten(0, 1)
+    torch.testing.assert_close(logits(source, given).double(), expected, rtol=1e-5, atol=1e-5)
+    in_memory = [member.model() is not None for member in source.members]
+    assert in_memory == [resident == "all"] * 3
+
+
+@torch.no_grad()
+def test_members_that_are_alike_are_one_teacher_and_padding_of_one_is_dropped(tmp_path: Path) -> None:
+    model = save(tmp_path / "a")
+    model.resize_token_embeddings(64)
+    model.save_pretrained(tmp_path / "padded")
+    shutil.copy(TOKENIZER, tmp_path / "padded")
+    given = inputs()
+    alone = logits(prepared(OnlineTeacher(tmp_path / "a")), given)
+    source = prepared(Ensemble([OnlineTeacher(tmp_path / "padded"), OnlineTeacher(tmp_path / "a")]))
+    together = logits(source, given)
+    assert together.shape[-1] == VOCABULARY
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Of the weights and what unpacks them."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        total += 0 if state is None else state.absmax.numel() * state.absmax.element_size()
+    return total
+
+
+@torch.no_grad()
+def test_narrow_teachers_take_less_and_say_nearly_the_same(tmp_path: Path) -> None:
+    save(tmp_path / "t", hidden=256)
+    given = inputs()
+    wide = logits(prepared(OnlineTeacher(tmp_path / "t")), given).log_softmax(-1)
+    sizes, divergences = {}, {}
+    for weights in ("fp32", "bf16", "int8", "nf4"):
+        source = prepared(OnlineTeacher(tmp_path / "t", weights=weights))
+        narrow = logits(source, given).log_softmax(-1)
+        divergences[weights] = float((wide.exp() * (wide - narrow)).sum(-1).mean())
+        sizes[weights] = stored_bytes(source.open())
+    assert sizes["bf16"] == sizes["fp32"] / 2
+    assert sizes["int8"] < 0.55 * sizes["bf16"] and sizes["nf4"] < 0.35 * sizes["bf16"]
+    assert divergences["fp32"] == pytest.approx(0, abs=1e-6)
+    assert divergences["bf16"] < divergences["int8"] < divergences["nf4"] < 0.02
+
+
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+def test_the_output_head_stays_wide(tmp_path: Path, weights: str) -> None:
+    save(tmp_path / "t")
+    model = open_frozen(tmp_path / "t", weights, CPU)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "t")
+    (tmp_path / "t/pytorch_model.bin").write_bytes(b"\x80\x04]\x94.")
+    with pytest.raises(Unsafe) as unsafe:
+        prepared(OnlineTeacher(tmp_path / "t"))
+    assert unsafe.value.code == "EW-315"
+
+
+def test_code_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "t")
+    config = json.loads((tmp_path / "t/config.json").read_text())
+    (tmp_path / "t/config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    with pytest.raises(Unsafe) as unsafe:
+        prepared(OnlineTeacher(tmp_path / "t", weights="nf4"))
+    assert unsafe.value.code == "EW-313"
