@@ -14,6 +14,7 @@ from edgewright.errors import EdgewrightError
 
 if TYPE_CHECKING:
     from edgewright.planner.advice import Advice
+    from edgewright.planner.cached import CachePlan
     from edgewright.planner.cases import StageModels
     from edgewright.planner.devices import Device
     from edgewright.planner.history import PastErrors
@@ -61,11 +62,13 @@ class Plan:
     free: int
     advice: tuple[Advice, ...]
     past: PastErrors
+    caches: tuple[CachePlan, ...] = ()
+    """What stages of type cache will write."""
 
     @property
-    def largest(self) -> StagePlan:
-        """The stage that needs most memory."""
-        return max(self.stages, key=lambda stage: stage.memory.total)
+    def largest(self) -> StagePlan | None:
+        """The training that needs most memory; None where nothing is trained."""
+        return max(self.stages, key=lambda stage: stage.memory.total, default=None)
 
     @property
     def fits(self) -> bool:
@@ -74,15 +77,17 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """`memory` and `advice` are those of the stage that needs most; disk, flops and seconds of the whole run."""
+        from edgewright.planner.memory import Memory
+
         times = [stage.time for stage in self.stages]
         known = all(time.seconds is not None for time in times)
         return {
             "schema_version": 1,
             "recipe": str(self.recipe),
             "device": self.device.to_json(),
-            "stage": self.largest.name,
-            "memory": self.largest.memory.to_json(),
-            "memory_range": list(self.largest.memory_range),
+            "stage": None if self.largest is None else self.largest.name,
+            "memory": (Memory.none() if self.largest is None else self.largest.memory).to_json(),
+            "memory_range": [0, 0] if self.largest is None else list(self.largest.memory_range),
             "disk": self.disk["total"],
             "disk_parts": self.disk,
             "disk_free": self.free,
@@ -94,6 +99,7 @@ class Plan:
             "fits": self.fits,
             "advice": [advice.to_json() for advice in self.advice],
             "past_error": self.past.to_json(),
+            "caches": [cache.to_json() for cache in self.caches],
             "stages": [stage.to_json() for stage in self.stages],
         }
 
@@ -144,11 +150,12 @@ def predicted(
         source: the recipe's file.
         probed: runs the probe of a stage, of which this is the plan without one, or decides against it; it is asked
             where the device is here and the stage can be probed.
-        advice: whether to look for what could be changed.
+        advice: whether to look for what could be changed, and to ask teachers how large their caches will be.
 
     Raises:
         as `simulate` and `stage_models`.
     """
+    from edgewright.planner.cached import plan_cache
     from edgewright.planner.cases import stage_models
     from edgewright.planner.disk import disk
     from edgewright.planner.history import past
@@ -156,29 +163,43 @@ def predicted(
 
     models = {stage.name: found for stage, found in stage_models(recipe, vocab_size)}
     stages = []
-    for stage in recipe.stages:
+    for stage in recipe.trainings:
         planned = plan_stage(recipe, stage, models[stage.name], device)
         if device.here and _can_be_probed(stage):
             found = probed(stage, planned)
             planned = planned if found is None else planned.with_probe(found)
         stages.append(planned)
-    largest = max(stages, key=lambda stage: stage.memory.total)
-    config = recipe.stage(largest.name)
-    assert config is not None
+    made = [stage for stage in recipe.stages if stage.type == "cache"] if advice else []
+    caches = tuple(plan_cache(recipe, stage, vocab_size) for stage in made)
     return Plan(
         recipe=source,
         device=device,
         stages=tuple(stages),
-        disk=disk(recipe, {stage.name: stage.step for stage in stages}, vocab_size),
+        disk=disk(recipe, {stage.name: stage.step for stage in stages}, vocab_size, caches),
         free=_free(recipe.run_directory),
-        advice=tuple(_advice(recipe, config, models[config.name], device, largest)) if advice else (),
+        advice=_of_largest(recipe, stages, models, device) if advice else (),
         past=past(recipe.run_directory, device),
+        caches=caches,
     )
 
 
+def _of_largest(
+    recipe: Recipe, stages: list[StagePlan], models: dict[str, StageModels], device: Device
+) -> tuple[Advice, ...]:
+    """What to change in the stage that needs most."""
+    if not stages:
+        return ()
+    largest = max(stages, key=lambda stage: stage.memory.total)
+    config = recipe.stage(largest.name)
+    assert config is not None
+    return tuple(_advice(recipe, config, models[config.name], device, largest))
+
+
 def _can_be_probed(stage: StageConfig) -> bool:
-    """Whether there is a teacher, where one is needed."""
-    return stage.objective.type != "distill" or stage.objective.teacher.type == "checkpoint"
+    """Whether there are targets, where they are needed: a teacher that an earlier stage makes is not there yet."""
+    return stage.teacher is None or (
+        bool(stage.teachers) and all(teacher.type == "checkpoint" for teacher in stage.teachers)
+    )
 
 
 def _advice(

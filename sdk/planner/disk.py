@@ -4,12 +4,14 @@ and exports."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgewright.data import HfData
 
 if TYPE_CHECKING:
+    from edgewright.planner.cached import CachePlan
     from edgewright.planner.simulate import Step
     from edgewright.recipe import ExportConfig, Recipe
 
@@ -31,7 +33,7 @@ BITS = {
 """Bits of a weight with its share of the scales; other widths count as 32."""
 
 
-def disk(recipe: Recipe, steps: dict[str, Step], vocab_size: int) -> dict[str, int]:
+def disk(recipe: Recipe, steps: dict[str, Step], vocab_size: int, caches: Sequence[CachePlan] = ()) -> dict[str, int]:
     """Bytes by kind, and their `total`: what the run leaves, and `spare`, which it needs meanwhile.
 
     Args:
@@ -42,13 +44,14 @@ def disk(recipe: Recipe, steps: dict[str, Step], vocab_size: int) -> dict[str, i
         "data": _shards(recipe, vocab_size),
         **_checkpoints(recipe, steps, files + STATE_BYTES),
         "models": sum(4 * step.parameters + files for step in steps.values()),
+        "caches": sum(cache.bytes for cache in caches),
         "exports": sum(_export(export, steps, vocab_size) for export in recipe.exports),
     }
     return {**found, "total": sum(found.values())}
 
 
 def disk_used(directory: Path) -> dict[str, int]:
-    """The same of a run that is done, measured."""
+    """The same of a run that is done, measured; without caches, which the run's own plan leaves out."""
     checkpoints = {path: _size(path) for path in directory.glob("stages/*/checkpoints/step-*")}
     found = {
         "data": _size(directory / "data"),
@@ -71,18 +74,18 @@ def _checkpoints(recipe: Recipe, steps: dict[str, Step], files: int) -> dict[str
         files: bytes of a model's directory beside its weights.
     """
     each = {name: 4 * step.parameters + step.optimizer_bytes + files for name, step in steps.items()}
-    kept = sum(stage.training.keep_checkpoints * each[stage.name] for stage in recipe.stages)
-    return {"checkpoints": kept, "spare": max(each.values())}
+    kept = sum(stage.training.keep_checkpoints * each[stage.name] for stage in recipe.trainings)
+    return {"checkpoints": kept, "spare": max(each.values(), default=0)}
 
 
 def _shards(recipe: Recipe, vocab_size: int) -> int:
     if isinstance(recipe.data, HfData):
         return 0
     sizes = [entry[1] for entry in recipe.data.fingerprint() if isinstance(entry, list) and isinstance(entry[1], int)]
-    return int(sum(sizes) / _bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
+    return int(sum(sizes) / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
 
 
-def _bytes_per_token(vocab_size: int) -> float:
+def bytes_per_token(vocab_size: int) -> float:
     """Of English and code (measured: 1.5 with 300 tokens, 3.3 with 4,096, 4.5 with 50,000 and more)."""
     return min(4.5, max(1.0, 0.48 * math.log2(vocab_size) - 2.45))
 
