@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, header
-from quality_runs import BUSY, ROWS, SCALES, Job, Places, Section, jobs
+from quality_runs import BUSY, ROWS, SCALES, Named, Places, Section, jobs
 
 SHARED = ROOT.parent / "shared/data"
 TEXTS = (
@@ -43,9 +43,13 @@ def data_section(patterns: Sequence[str]) -> Section:
     return {"type": "files", "files": files} if files else {"type": "stdlib"}
 
 
-def work_off(queue: list[Job], places: Places, arguments: argparse.Namespace) -> bool:
-    """Run what has no result yet, until the time is up; whether all went well."""
-    deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
+def work_off(queue: Sequence[Named], places: Places, worker: Sequence[str], minutes: float | None) -> bool:
+    """Run what has no result yet, until the time is up; whether all went well.
+
+    Args:
+        worker: the command that runs a job, but its name.
+    """
+    deadline = time.monotonic() + 60 * minutes if minutes else None
     fine = True
     for job in queue:
         if places.result(job).exists():
@@ -55,7 +59,7 @@ def work_off(queue: list[Job], places: Places, arguments: argparse.Namespace) ->
             print("time is up; the same command goes on", flush=True)
             break
         print(f"== {job.name} {time.strftime('%H:%M:%S')}", flush=True)
-        code = in_process(job, arguments, left)
+        code = in_process([*worker, job.name], left)
         if code == -signal.SIGTERM or code == 128 + signal.SIGTERM:
             print("stopped; the same command goes on", flush=True)
             break
@@ -67,9 +71,8 @@ def work_off(queue: list[Job], places: Places, arguments: argparse.Namespace) ->
     return fine
 
 
-def in_process(job: Job, arguments: argparse.Namespace, seconds: float | None) -> int:
+def in_process(command: list[str], seconds: float | None) -> int:
     """Run a job in a process of its own; when the time is up or we are stopped, it writes a checkpoint and ends."""
-    command = [sys.executable, __file__, "--worker", job.name, *forwarded(arguments)]
     process = subprocess.Popen(command)
     try:
         return process.wait(seconds)
@@ -111,7 +114,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_results(queue: list[Job], places: Places) -> list[dict[str, Any]]:
+def read_results(queue: Sequence[Named], places: Places) -> list[dict[str, Any]]:
     """The results that are there, in the order of the queue."""
     paths = [places.result(job) for job in queue]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
@@ -137,7 +140,8 @@ def main() -> None:
         return
     places.results.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the run in progress stops, too
-    fine = arguments.table or work_off(queue, places, arguments)
+    worker = [sys.executable, __file__, *forwarded(arguments), "--worker"]
+    fine = arguments.table or work_off(queue, places, worker, arguments.minutes)
     import quality_table
 
     header()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from edgewright.compress.pruning import journey_phases
 from edgewright.student import PresetStudentConfig
@@ -387,13 +387,14 @@ ROWS = (
         factors=(4.0, 10.0)),
     *(
         Row(
-            name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=(10.0,)
+            name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=factors,
+            rate_of="apollo",
         )
-        for name, what in (
-            ("apollo-mini", "dense, APOLLO-Mini"),
-            ("gradnorm-lorp", "dense, GradNormLoRP"),
-            ("galore", "dense, GaLore"),
-            ("fira", "dense, Fira"),
+        for name, what, factors in (
+            ("apollo-mini", "dense, APOLLO-Mini", ()),
+            ("gradnorm-lorp", "dense, GradNormLoRP", (10.0,)),
+            ("galore", "dense, GaLore", (10.0,)),
+            ("fira", "dense, Fira", (10.0,)),
         )
     ),
 )  # fmt: skip
@@ -415,6 +416,13 @@ def jobs(scale: Scale, *, full: bool, seeds: int) -> list[Job]:
     return queue
 
 
+class Named(Protocol):
+    """A run, of this benchmark or another: its name is that of its files."""
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
     """Where things lie."""
@@ -424,13 +432,13 @@ class Places:
     work: Path
     results: Path
 
-    def run(self, job: Job) -> Path:
+    def run(self, job: Named) -> Path:
         return self.work / job.name
 
-    def result(self, job: Job) -> Path:
+    def result(self, job: Named) -> Path:
         return self.results / f"{job.name.replace('/', '_')}.json"
 
-    def model(self, job: Job) -> Path:
+    def model(self, job: Named) -> Path:
         """The finished model of a run."""
         return self.run(job) / "stages/model/model"
 

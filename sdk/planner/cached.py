@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from edgewright.compress.cache_format import PIECE_TOKENS, Layout
 
 if TYPE_CHECKING:
     from edgewright.compress.cache_config import CacheStageConfig
-    from edgewright.data import Batches
+    from edgewright.data import Batches, TokenStream
     from edgewright.recipe import Recipe
 
 SAMPLE_TOKENS = 32_768
@@ -80,7 +80,7 @@ def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int) -> Cach
 
     known = all(teacher.type == "checkpoint" for teacher in stage.teachers)
     layout = layout_of(stage, smallest_vocabulary(stage.teachers, {}) if known else vocab_size)
-    text = _text(recipe)
+    text = _text(recipe, vocab_size)
     notes, length = list(text.notes), recipe.data.sequence_length
     entries = USUAL_ENTRIES
     if layout.kind == "sampled" and known and text.batches is not None:
@@ -91,7 +91,7 @@ def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int) -> Cach
         notes.append(f"{entries:.0f} different tokens in {layout.most} draws are assumed: the teacher is not there yet")
     return CachePlan(
         name=stage.name,
-        tokens=max(text.tokens - 1, 0) // length * length,
+        tokens=text.tokens // length * length,
         bytes_per_token=layout.bytes_per_token(entries, length),
         notes=tuple(notes),
     )
@@ -130,31 +130,28 @@ def _entries(stage: CacheStageConfig, layout: Layout, batches: Batches) -> tuple
     return total / read, read
 
 
-def _text(recipe: Recipe) -> _Text:
+def _text(recipe: Recipe, vocab_size: int) -> _Text:
     """Prepared text as it lies in the run directory; else as much of it as may be read."""
-    from edgewright.data import PretrainedTokenizer
+    from edgewright.data import InstructData, PretrainedTokenizer
     from edgewright.data.prepare import prepared_index
-    from edgewright.data.shards import open_stream
+    from edgewright.data.split import TRAIN
 
     folder = recipe.run_directory / "data"
-    index = prepared_index(recipe.data, folder)
+    data = recipe.data
+    index = prepared_index(data, folder)
     if index is not None:
-        stream = open_stream(folder, index["files"]["train"])
+        stream = data.layout.open(folder, index["files"], TRAIN)
         batches = _batches(recipe, stream, index["start_id"], index["eos_id"])
-        return _Text(tokens=len(stream), batches=batches, notes=())
-    if not isinstance(recipe.data.tokenizer, PretrainedTokenizer):
-        return _guessed(recipe, recipe.data.tokenizer.vocab_size)
+        return _Text(tokens=0 if batches is None else len(batches) * data.sequence_length, batches=batches, notes=())
+    if not isinstance(data.tokenizer, PretrainedTokenizer) or isinstance(data, InstructData):
+        return _guessed(recipe, vocab_size)
     return _read(recipe)
 
 
-def _batches(recipe: Recipe, stream: Any, start_id: int, eos_id: int) -> Batches | None:
-    from edgewright.data import Batches
-    from edgewright.data.batches import sequences
-
-    if not sequences(len(stream), recipe.data.sequence_length):
+def _batches(recipe: Recipe, stream: TokenStream, start_id: int, eos_id: int) -> Batches | None:
+    if not stream.sequences(recipe.data.sequence_length):
         return None
-    return Batches(
-        stream,
+    return stream.batches(
         sequence_length=recipe.data.sequence_length,
         seed=0,
         restart_at_documents=recipe.data.restart_at_documents,
@@ -205,7 +202,7 @@ def _read(recipe: Recipe) -> _Text:
     training = sizes[0] if all(sizes) else sum(sizes) * (1 - recipe.data.held_out)  # else the end is held out
     share = 1.0 if whole else max(1.0, _file_bytes(recipe) / size)
     return _Text(
-        tokens=int(training * share),
+        tokens=max(int(training * share) - 1, 0),
         batches=_batches(recipe, stream, encoder.start_id, encoder.eos_id),
         notes=notes,
     )

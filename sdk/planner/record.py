@@ -139,8 +139,8 @@ def keep_plan(recipe: Recipe, directory: Path, vocab_size: int, say: Callable[[s
     Args:
         directory: of the run, with its `recipe.resolved.yaml`.
     """
-    begun = {stage.name for stage in recipe.stages if _has_begun(directory / "stages" / stage.name)}
-    if len(begun) == len(recipe.stages):
+    begun = {stage.name for stage in recipe.trainings if _has_begun(directory / "stages" / stage.name)}
+    if len(begun) == len(recipe.trainings):
         return
     kept = _read_object(directory / PLAN)
     try:
@@ -153,7 +153,7 @@ def keep_plan(recipe: Recipe, directory: Path, vocab_size: int, say: Callable[[s
         made = {"schema_version": 1, "stages": [], "problem": problem}
     earlier = {stage["name"]: stage for stage in kept.get("stages", [])}
     fresh = {stage["name"]: stage for stage in made["stages"] if stage["name"] not in begun}
-    stages = [known for s in recipe.stages if (known := (earlier if s.name in begun else fresh).get(s.name))]
+    stages = [known for s in recipe.trainings if (known := (earlier if s.name in begun else fresh).get(s.name))]
     write_json(directory / PLAN, {**made, "stages": stages})
     for stage in (stage for stage in stages if stage["name"] in fresh):
         say(f"{stage['name']}: planned {_told(PlannedStage.model_validate(stage))}")
