@@ -301,6 +301,7 @@ def test_a_layer_that_does_not_exist_is_found_before_the_first_stage(taught: tup
     assert [error.code for error in report.errors] == ["EW-785"]
 
 
+@pytest.mark.slow  # two plans, each of which simulates alternatives
 def test_the_planner_counts_what_trains_beside_the_student(taught: tuple[Path, Path]) -> None:
     recipe, _ = taught
     plain = edgewright.plan(recipe, *WITHOUT, device="24GB", probe=False).to_json()["memory"]
