@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from edgewright.compress.layers import CompressedLinear
 from edgewright.imports import no_kernels_from_a_hub
@@ -57,7 +58,7 @@ class AdaptedLinear(CompressedLinear):
 
     def base_weight(self) -> Tensor:
         """W [out, in], out of its 4 bits where it is in those."""
-        return dequantized(self.base)
+        return self.base.weight
 
     def effective_weight(self) -> Tensor:
         """W + s B A, or m (W + s B A) / |W + s B A| by rows, [out, in]; gradients reach what is trained."""
@@ -83,29 +84,23 @@ class AdaptedLinear(CompressedLinear):
         return y
 
 
-def dequantized(linear: nn.Linear) -> Tensor:
-    """The weight of a layer that may be in 4 bits, [out, in]."""
-    from edgewright.compress.four_bits import FourBitLinear
-
-    return linear.dequantized() if isinstance(linear, FourBitLinear) else linear.weight
-
-
 def _adapter(linear: nn.Linear, *, rank: int, alpha: float, dropout: float, dora: bool) -> Any:
     """peft's layer around this one.
 
-    It is made without memory and filled afterwards: peft would move its weights to the device of the layer's, which
-    tensors without memory, as the planner's are, refuse.
+    It is made on meta and filled afterwards: peft would move its weights to the device of the layer's, which tensors
+    without memory, as the planner's are, refuse.
     """
     with no_kernels_from_a_hub():
         import peft
 
     config: Any = peft.LoraConfig  # which says that alpha is an integer, and takes any number
     holder: Any = nn.Module()
-    holder.linear = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
     settings = config(r=rank, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=["linear"])
-    peft.inject_adapter_in_model(settings, holder, adapter_name=NAME, low_cpu_mem_usage=True)
+    with unset_fake_temporarily():  # inside the planner
+        holder.linear = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        peft.inject_adapter_in_model(settings, holder, adapter_name=NAME, low_cpu_mem_usage=True)
     layer = holder.linear
-    weight = dequantized(linear)
+    weight = linear.weight
     layer.base_layer = linear.requires_grad_(False)
     layer.lora_A[NAME].weight = nn.Parameter(weight.new_empty(rank, linear.in_features))
     layer.lora_B[NAME].weight = nn.Parameter(weight.new_empty(linear.out_features, rank))

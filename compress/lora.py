@@ -167,7 +167,7 @@ class Lora(Method):
         from edgewright.compress.layers import cost, skipped, submodules
 
         layers = submodules(model, self._layers).values()
-        bases = {id(layer.base.weight) for layer in layers}
+        bases = {id(p) for layer in layers for name, p in layer.base.named_parameters() if name == "weight"}
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in bases)
         numbers = {**cost(layers), "frozen": float(frozen)}
         return MethodReport(changed=len(layers), skipped=skipped(model), numbers=numbers)
