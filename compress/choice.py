@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from edgewright.errors import RecipeError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from edgewright.export.lattice import LatticeTensor
 
 
@@ -64,6 +66,10 @@ class LayerChoice(BaseModel):
         """What is left in the place of a weight when training is over, in a few words."""
         return "plain weights, for every format"
 
+    def leaves(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The architecture that is left of one, which is on meta, when training is over: where it is another."""
+        return model
+
     def example(self, layer: str, rows: int, columns: int) -> LatticeTensor | None:
         """A weight of that shape as the method leaves it, to see which formats hold it; None: it is on no lattice.
 
@@ -71,6 +77,16 @@ class LayerChoice(BaseModel):
             RecipeError: EW-703, the method does not take the rows of this layer.
         """
         return None
+
+
+class WholeModel(LayerChoice):
+    """The settings of a method that takes every layer, since it changes the sizes that they share."""
+
+    def check_takes_all(self) -> None:
+        """ValueError: the recipe gives it some layers only."""
+        if self.layers or self.exclude:
+            kind = self.model_dump()["type"]
+            raise ValueError(f"{kind} takes the whole model: remove layers and exclude")
 
 
 def named(pattern: str, layer: str) -> bool:

@@ -84,6 +84,7 @@ def verify(
     artifact: Path | str,
     *,
     against: Path | str,
+    size: str | None = None,
     max_kl: float | None = None,
     threads: int | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
@@ -93,6 +94,7 @@ def verify(
     Args:
         artifact: what `open_session` opens.
         against: the Hugging Face directory that it was made from.
+        size: the sub-network that it was made from, where that is an elastic model.
         max_kl: limit for the mean KL to the checkpoint, in the place of the one for the widths; all others stay.
         threads: of both runtimes.
         data: text files (patterns) to compare on, in the place of the built-in texts: the first 8 documents.
@@ -105,6 +107,13 @@ def verify(
         BadInput: EW-557, the file has a width without a limit; EW-559, its manifest cannot be understood; what the
             reader, the runtime or the checkpoint refuse.
     """
+    if size is not None:
+        from edgewright.compress.elastic import sub_network_folder
+
+        with sub_network_folder(against, size, Path(artifact)) as part:
+            return replace(
+                verify(artifact, against=part, max_kl=max_kl, threads=threads, data=data), against=Path(against)
+            )
     check_max_kl(max_kl)
     runtime, path = runtime_of(Path(artifact))
     to = TARGET_OF[runtime]

@@ -121,6 +121,7 @@ def export(
     to: str,
     out: Path | str,
     quant: str | None = None,
+    size: str | None = None,
     embedding_quant: str | None = None,
     verify: bool = True,
     max_kl: float | None = None,
@@ -138,6 +139,7 @@ def export(
             machine (`best.py`).
         out: gguf: a directory, which gets `<model>-<quant>.gguf`, or the file itself; the others: the folder.
         quant: the width, one of the target's; "best" chooses it.
+        size: of an elastic model the sub-network to export, by its name in `elastic.json`; None: the whole.
         embedding_quant: the width of token embedding and head; None takes the target's default.
         verify: whether to run the gate; without it the manifest says "skipped".
         max_kl: the gate's limit for the mean KL, in the place of the one for the width.
@@ -149,8 +151,10 @@ def export(
         say: gets a line about progress now and then.
 
     Raises:
-        RecipeError: EW-501 to EW-503, no such target or width; EW-509, `out` is something else already.
-        BadInput: the model directory, or what the target cannot hold; EW-550 to EW-555 for calibration.
+        RecipeError: EW-501 to EW-503, no such target or width; EW-509, `out` is something else already; EW-766, no
+            such size.
+        BadInput: the model directory, or what the target cannot hold; EW-768, it has no sizes; EW-550
+            to EW-555 for calibration.
         GateFailed: EW-504, the file is not the model; EW-510, it is over the budget; EW-511, "best" found nothing.
             Nothing was left behind.
         OutOfResources: EW-401, the disk is full.
@@ -159,6 +163,14 @@ def export(
     from edgewright.export.gate.limits import check_max_kl
     from edgewright.export.source import load_source
 
+    if size is not None:
+        from edgewright.compress.elastic import sub_network_folder
+
+        with sub_network_folder(model, size, Path(out)) as part:
+            return export(
+                part, to=to, out=out, quant=quant, embedding_quant=embedding_quant, verify=verify, max_kl=max_kl,
+                budget_mb=budget_mb, calibrate=calibrate, method=method, threads=threads, say=say,
+            )  # fmt: skip
     check_max_kl(max_kl)
     if budget_mb is not None and not budget_mb > 0:
         raise RecipeError("EW-513", "a budget must be positive", expected="MB, more than 0", found=budget_mb)

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgewright._verbs import VerbModule
+from edgewright.compress.choice import LayerChoice
 from edgewright.continuation import start_notes
+from edgewright.derived import DerivedStudentConfig, source_of
 from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
 from edgewright.exactness import count_parameters, held_by, not_held, not_rounded, on_no_lattice, trained_lattices
+from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from transformers import PreTrainedModel
 
     from edgewright.compress.cache_config import CacheStageConfig
@@ -26,7 +30,6 @@ if TYPE_CHECKING:
     from edgewright.preview import Preview
     from edgewright.recipe import AnyStageConfig, ExportConfig, Recipe, StageConfig
     from edgewright.show_batch import ShownBatch
-    from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
 FIRST_PIECES = 64
 """Documents, or pieces of long ones, that are read to see that the corpus can be."""
@@ -118,6 +121,8 @@ class _Checker:
         self.batch: ShownBatch | None = None
         self.left: dict[str, PreTrainedModel] = {}
         """What the stages leave that could begin."""
+        self.smaller: dict[str, int] = {}
+        """Parameters that stages leave whose methods change the shape of the model."""
 
     def report(self, *, show_batch: bool = False) -> CheckReport:
         self._try("corpus", self._corpus)
@@ -198,19 +203,24 @@ class _Checker:
 
     def _taught(
         self,
-    ) -> Iterator[tuple[AnyStageConfig, str, PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig]]:
-        """Every student and teacher with its stage and role."""
+    ) -> Iterator[tuple[AnyStageConfig, str, CheckpointStudentConfig | StageStudentConfig]]:
+        """Every model that a student comes from, and every teacher, with its stage and role."""
         for stage in self.recipe.stages:
-            if stage.type == "train":
-                yield stage, "student", stage.student
+            source = source_of(stage.student) if stage.type == "train" else None
+            if source is not None:
+                yield stage, "student", source
             for teacher in stage.teachers:
                 yield stage, "teacher", teacher
 
     def _model(self, directory: Path) -> Iterator[str]:
+        from edgewright.compress.elastic import find_size, sizes_of
         from edgewright.export.guard import check_model_directory
 
         check_model_directory(directory)
         self.sound.add(directory)
+        for export in self.recipe.exports:
+            if export.model == str(directory) and export.size is not None:
+                find_size(sizes_of(directory), export.size, f"exports.{export.name}.size")
         yield f"{count_parameters(directory):,} parameters, {directory}"
 
     def _stage(self, stage: StageConfig) -> Iterator[str]:
@@ -218,15 +228,20 @@ class _Checker:
         count = self._count(stage.student)
         if count is not None:
             self.parameters[stage.name] = count
-        size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
         self._heads(stage)
         self._cached(stage)
         ahead = self._preview(stage)
         if ahead is not None:
             self.left[stage.name] = ahead.left
+            if any(type(method).leaves is not LayerChoice.leaves for method in stage.methods):
+                self.smaller[stage.name] = sum(parameter.numel() for parameter in ahead.left.parameters())
+        count = self.parameters.get(stage.name)
+        size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
         yield f"{size}, {methods}, {stage.objective.type}"
         yield from start_notes(self.recipe, stage)
+        if isinstance(stage.student, DerivedStudentConfig) and count is not None:
+            yield from stage.student.notes(self.recipe, stage, count)
         for owner, role, config in self._taught():
             crosses = role == "teacher" and stage.objective.type == "distill" and stage.objective.crosses_tokenizers
             if owner is stage and config.type == "checkpoint" and config.model in self.sound and not crosses:
@@ -279,20 +294,23 @@ class _Checker:
             return None
         from edgewright.preview import architecture, check_lessons, preview
 
-        start = stage.student
-        if (start.type == "stage" and start.stage not in self.left) or (
-            start.type == "checkpoint" and start.model not in self.sound
+        start = source_of(stage.student)
+        if (isinstance(start, StageStudentConfig) and start.stage not in self.left) or (
+            isinstance(start, CheckpointStudentConfig) and start.model not in self.sound
         ):
             return None
         model = architecture(self.recipe, stage, self.vocab_size or UNKNOWN_VOCABULARY, self.left)
+        if isinstance(stage.student, DerivedStudentConfig) and self.vocab_size is not None:
+            self.parameters[stage.name] = sum(parameter.numel() for parameter in model.parameters())
         check_lessons(stage, model, self.left)
         return preview(self.recipe, stage, model)
 
-    @staticmethod
-    def _says_more(stage: StageConfig) -> bool:
+    def _says_more(self, stage: StageConfig) -> bool:
         """Whether there is more to see of a stage than its numbers."""
         inside = stage.objective.type == "distill" and stage.objective.looks_inside
-        return bool(stage.methods) or stage.optimizer.chooses or inside
+        made = isinstance(stage.student, DerivedStudentConfig)
+        cut = any(export.size for export in self.recipe.exports if export.model == stage.name)
+        return bool(stage.methods) or stage.optimizer.chooses or inside or made or cut
 
     def _look_at_lattice(self, stage: StageConfig, ahead: Preview) -> None:
         """Where a stage quantizes: what holds that exactly, and whether its exports do."""
@@ -314,13 +332,15 @@ class _Checker:
         yield from wider
         yield from not_rounded(export, on_no_lattice(ahead))
 
-    def _count(self, student: PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig) -> int | None:
-        """Parameters of a student; None when what it starts from cannot be opened."""
-        if student.type == "preset":
+    def _count(self, student: BaseModel) -> int | None:
+        """Parameters of a student; None when what it starts from cannot be opened, or is to be made into another."""
+        if isinstance(student, PresetStudentConfig):
             return None if self.vocab_size is None else student.parameters(self.vocab_size)
-        if student.type == "stage":
-            return self.parameters.get(student.stage)
-        return count_parameters(student.model) if student.model in self.sound else None
+        if isinstance(student, StageStudentConfig):
+            return self.smaller.get(student.stage, self.parameters.get(student.stage))
+        if isinstance(student, CheckpointStudentConfig) and student.model in self.sound:
+            return count_parameters(student.model)
+        return None
 
     def _same_tokens(self, model: Path, role: str) -> Iterator[str]:
         from edgewright.data import PretrainedTokenizer

@@ -286,6 +286,7 @@ def export(
     quant: Annotated[
         str | None, typer.Option(help="Width, by the target's name: tq2_0, q8_0, f16, ... or ternary, int4, ...")
     ] = None,
+    size: Annotated[str | None, typer.Option(help="Sub-network of an elastic model, a name of elastic.json.")] = None,
     embedding_quant: Annotated[str | None, typer.Option(help="Width of token embedding and output head.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit of the gate, nats per token.")] = None,
     budget_mb: Annotated[float | None, typer.Option(help="The most that the artifact may weigh, in MB.")] = None,
@@ -308,6 +309,7 @@ def export(
             model,
             to=to,
             quant=quant,
+            size=size,
             out=out,
             embedding_quant=embedding_quant,
             verify=not no_verify,
@@ -326,6 +328,7 @@ def verify(
     artifact: Annotated[Path, typer.Argument(help="Exported file or folder.")],
     against: Annotated[Path, typer.Option(help="The model directory that it was made from.")],
     more: Annotated[list[str] | None, typer.Argument(metavar="[FILES]...", help="Further files for --data.")] = None,
+    size: Annotated[str | None, typer.Option(help="Sub-network of an elastic model that it was made from.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit in nats per token; the width's own by default.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text files or patterns. By default built-in texts.")] = None,
     threads: Threads = None,
@@ -342,7 +345,7 @@ def verify(
         raise typer.BadParameter("text files come after --data")
     files = [*(data or []), *(more or [])]
     with _quiet_stdout():
-        result = verify(artifact, against=against, max_kl=max_kl, threads=threads, data=files or None)
+        result = verify(artifact, against=against, size=size, max_kl=max_kl, threads=threads, data=files or None)
     _show("verify", result, as_json)
     if result.gate == "failed":
         raise typer.Exit(GateFailed.exit_code)
@@ -421,7 +424,10 @@ def report(
 @app.command()
 def ls(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="methods, optimizers, losses, targets, presets, teachers or stages.")
+        str,
+        typer.Argument(
+            metavar="KIND", help="methods, optimizers, losses, students, targets, presets, teachers or stages."
+        ),
     ],
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`ls`: what there is to choose from - methods, optimizers, losses, targets with widths, presets, teachers, stages."""
+"""`ls`: what there is to choose from: methods, optimizers, losses, students, targets, presets, teachers, stages."""
 
 from __future__ import annotations
 
@@ -121,6 +121,13 @@ def _stages() -> list[Entry]:
     return [_section(config) for config in _sections(AnyStageConfig)]
 
 
+def _students() -> list[Entry]:
+    """What a recipe's `student` may be: where a model starts."""
+    from edgewright.recipe import StudentConfig
+
+    return [_section(config) for config in _sections(StudentConfig)]
+
+
 def _presets() -> list[Entry]:
     from edgewright.student import PRESETS, PresetStudentConfig
 
@@ -140,6 +147,7 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "methods": _methods,
     "optimizers": _optimizers,
     "losses": _losses,
+    "students": _students,
     "targets": _targets,
     "presets": _presets,
     "teachers": _teachers,

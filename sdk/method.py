@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import builtins
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -49,6 +51,11 @@ class MethodReport:
     """Further figures for the log and the report: `compress.layers.cost`, and for instance the density of zeros."""
 
 
+def can_compile(methods: Iterable[str]) -> bool:
+    """Whether a model that these methods, by type, change has a forward that can be compiled."""
+    return all(Method.registry[method].compiles for method in methods)
+
+
 def by_key(methods: Sequence[Method]) -> dict[str, Method]:
     """A stage's methods by their keys in checkpoints and results: `type`, and `type-2` for the second of a type."""
     seen: dict[str, int] = {}
@@ -71,6 +78,8 @@ class Method(ABC):
     keeps_names: ClassVar[bool] = True
     """Whether the trained form holds the plain model's weights under their own names (latent, or masked), so that a
     later stage may go on from them; otherwise it goes on from what `finish` gave."""
+    compiles: ClassVar[bool] = True
+    """Whether the model's forward is one graph, the same in every step, that can be compiled."""
     registry: ClassVar[dict[str, builtins.type[Method]]] = {}
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
@@ -156,6 +165,9 @@ class Method(ABC):
     @abstractmethod
     def finish(self, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, LatticeTensor]]:
         """A plain model and the lattice of its quantized weights by state-dict name. Pure: `model` keeps its form."""
+
+    def write_beside(self, directory: Path) -> None:  # noqa: B027 - an optional hook
+        """Put what the finished model needs besides weights and lattice into its directory, before it has its name."""
 
     @abstractmethod
     def describe(self, model: PreTrainedModel) -> MethodReport:

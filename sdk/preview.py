@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.compress.layers import CompressedLinear, skipped
+from edgewright.derived import DerivedStudentConfig, source_of
 from edgewright.errors import RecipeError
 from edgewright.memory_rules import check_release
 from edgewright.method import Method
@@ -26,7 +27,7 @@ from edgewright.student import (
 from edgewright.weights import check_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers.utils import ModelOutput
 
     from edgewright.compress.choice import LayerChoice
@@ -98,7 +99,7 @@ def check_starts(recipe: Recipe, stage: StageConfig) -> None:
         RecipeError: EW-707, EW-712, as `student.check_head` does of the model with its weights.
         BadInput, Unsafe: the directory is no model.
     """
-    starts = [("start", stage.student), *(("teacher", teacher) for teacher in stage.teachers)]
+    starts = [("start", source_of(stage.student)), *(("teacher", teacher) for teacher in stage.teachers)]
     for role, start in starts:
         if isinstance(start, CheckpointStudentConfig):
             check_head_of_family(stored_architecture(start.model), f"{role} of stage {stage.name}")
@@ -187,15 +188,26 @@ def architecture(
     Args:
         left: what the stages before it leave, by name.
     """
-    from edgewright.compress.factored_model import empty_model
-
     student = stage.student
-    if isinstance(student, StageStudentConfig):
-        return copy.deepcopy(left[student.stage])
-    if not isinstance(student, PresetStudentConfig):
-        return stored_architecture(student.model)
+    source = source_of(student)
+    if isinstance(source, StageStudentConfig):
+        model = copy.deepcopy(left[source.stage])
+    elif isinstance(source, CheckpointStudentConfig):
+        model = stored_architecture(source.model)
+    if isinstance(student, DerivedStudentConfig):
+        return tied(student.check(model))
+    if source is not None:
+        return model
+    assert isinstance(student, PresetStudentConfig), "nothing else starts from scratch"
     length = recipe.data.sequence_length
     config = preset_config(student, vocab_size=vocab_size, max_position_embeddings=length, bos=0, eos=0)
+    return tied(config)
+
+
+def tied(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, on meta, with its weights tied as it says."""
+    from edgewright.compress.factored_model import empty_model
+
     model = empty_model(config, torch.float32)
     model.tie_weights()
     return model
@@ -242,13 +254,40 @@ def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Previ
         taken.append((config, layers))
     if all(Method.registry[config.type].keeps_names for config in stage.methods):  # else it will see other matrices
         stage.optimizer.check(model)
+    check_sizes(recipe, stage, model)
     head = model.get_output_embeddings()
     alone = tuple(name for name in skipped(model) if model.get_submodule(name) is not head)
     for config, layers in taken:
         for name, linear in layers.items():
             kept = Reserved(linear, config.type, stored=True) if config.keeps_factors else linear
             model.set_submodule(name, kept)
+    for config, _ in taken:
+        model = config.leaves(model)
     return Preview(shares=tuple((config, _shapes(layers)) for config, layers in taken), alone=alone, left=model)
+
+
+def check_sizes(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> None:
+    """Refuse exports of sub-networks that a stage will not have.
+
+    Raises:
+        RecipeError: EW-766.
+    """
+    from edgewright.compress.elastic import ElasticConfig, find_size
+
+    elastic = next((config for config in stage.methods if isinstance(config, ElasticConfig)), None)
+    for export in recipe.exports:
+        if export.model != stage.name or export.size is None:
+            continue
+        if elastic is None:
+            raise RecipeError(
+                "EW-766",
+                "this stage will have no sub-networks",
+                where=f"exports.{export.name}.size",
+                expected="an export of a stage with methods: [{type: elastic, ...}]",
+                found=f"size: {export.size} of stage {stage.name}",
+                fix="remove size",
+            )
+        find_size(elastic.sizes(model.config), export.size, f"exports.{export.name}.size")
 
 
 def changed_nothing(method: str) -> RecipeError:

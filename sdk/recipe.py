@@ -18,12 +18,17 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from edgewright import recipe_shape as shape
 from edgewright.compress.cache_config import CacheStageConfig
 from edgewright.compress.distill import DistillConfig
+from edgewright.compress.elastic import ElasticConfig
 from edgewright.compress.generate_config import GeneratedTextConfig, GenerateStageConfig
 from edgewright.compress.granet import GranetConfig
+from edgewright.compress.growth import GrownStudentConfig
 from edgewright.compress.integer import IntegerConfig
 from edgewright.compress.lora import LoraConfig
 from edgewright.compress.lost import LostConfig
 from edgewright.compress.lowrank import LowRankConfig
+from edgewright.compress.prune import PrunedStudentConfig
+from edgewright.compress.sandwich import SandwichConfig
+from edgewright.compress.shear import ShearConfig
 from edgewright.compress.sltrain import SLTrainConfig
 from edgewright.compress.sparse import SparseConfig
 from edgewright.compress.teacher_config import CachedTeacherConfig, ModelTeacherConfig, TeacherConfig
@@ -47,7 +52,7 @@ from edgewright.paths import Name
 from edgewright.recipe_errors import problems, untagged
 from edgewright.recipe_rules import check_caches, check_factors, check_rules
 from edgewright.schedule import CosineConfig, ScheduleConfig
-from edgewright.student import StudentConfig
+from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 from edgewright.training import BudgetConfig, TrainingConfig
 from edgewright.yaml_positions import MAX_BYTES, Document, Mark, Problem, Tree, parse_yaml
 from edgewright.yaml_positions import Path as TreePath
@@ -56,13 +61,19 @@ if TYPE_CHECKING:
     from edgewright.stage import StageResult
     from edgewright.stage_work import StageWork
 
-ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig, Field(discriminator="type")]
+StudentConfig = Annotated[
+    PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig | PrunedStudentConfig | GrownStudentConfig,
+    Field(discriminator="type"),
+]
+ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig | SandwichConfig, Field(discriminator="type")]
 MethodConfig = Annotated[
-    GranetConfig
+    ElasticConfig
+    | GranetConfig
     | IntegerConfig
     | LoraConfig
     | LostConfig
     | LowRankConfig
+    | ShearConfig
     | SLTrainConfig
     | SparseConfig
     | TernaryConfig,
@@ -166,6 +177,8 @@ class ExportConfig(_Section):
     """The target: gguf or genai."""
     quant: str
     """The width, by the target's own name."""
+    size: str | None = None
+    """Of an elastic model the sub-network, such as h256-f512-a4-l8; None: the whole."""
     embedding_quant: str | None = None
     """Width of the embedding and head; None: the target's default."""
     max_kl: float | None = Field(default=None, gt=0)

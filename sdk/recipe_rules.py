@@ -42,11 +42,14 @@ def check_rules(
         found += _target(export, path)
     for index, stage in enumerate(_sections(tree, "stages")):
         found += _methods(stage, ("stages", index))
+        found += _elastic(stage, ("stages", index))
     return found
 
 
 LOSS_OF = {"sampled": "rs_kd", "top_k": "top_k"}
 """The loss for each kind of targets that a cache holds."""
+WHOLE = frozenset({"elastic", "shear"})
+"""Methods that change the sizes that all layers share."""
 PLAIN_ONLY = frozenset({"gguf", "hf"})
 """The targets that know plain linear layers alone."""
 
@@ -152,6 +155,7 @@ def _unique_names(tree: Tree, key: str) -> Iterator[Problem]:
 
 REFERENCES: tuple[tuple[TreePath, str | None, str], ...] = (
     (("student",), "stage", "train"),
+    (("student", "source"), "stage", "train"),
     (("objective", "teacher"), "stage", "train"),
     (("objective", "teacher"), "cache", "cache"),
     (("teacher",), "stage", "train"),
@@ -288,3 +292,43 @@ def _after_freezing(methods: Any, path: TreePath) -> Iterator[Problem]:
                 found=kind,
                 fix=f"put {FREEZES_THE_REST} last",
             )
+
+
+def _elastic(stage: dict[str, Any], path: TreePath) -> Iterator[Problem]:
+    """The method elastic and the objective sandwich need each other, and a forward that is not compiled."""
+    methods = stage.get("methods")
+    kinds = [
+        method.get("type") for method in (methods if isinstance(methods, list) else []) if isinstance(method, dict)
+    ]
+    objective = stage.get("objective")
+    sandwich = isinstance(objective, dict) and objective.get("type") == "sandwich"
+    if ("elastic" in kinds) != sandwich:
+        there, missing = ("objective", "methods") if sandwich else ("methods", "objective")
+        lacks = "methods: [{type: elastic, ...}]" if sandwich else "objective: {type: sandwich}"
+        yield Problem(
+            code="EW-767",
+            what=f"{dotted(path)} has one of the method elastic and the objective sandwich, which need each other",
+            path=(*path, there),
+            expected=lacks,
+            found=f"{there} without it",
+            fix=f"set {missing}, or remove the other",
+        )
+    for kind in sorted(WHOLE.intersection(filter(None, kinds))) if len(kinds) > 1 else ():
+        yield Problem(
+            code="EW-125",
+            what=f"{dotted(path)} has methods beside {kind}, which takes every layer",
+            path=(*path, "methods"),
+            expected=f"{kind} alone",
+            found=", ".join(map(str, kinds)),
+            fix="the others in a later stage, or a run of its own",
+        )
+    training = stage.get("training")
+    if "elastic" in kinds and isinstance(training, dict) and training.get("compile") == "on":
+        yield Problem(
+            code="EW-767",
+            what=f"{dotted(path)} compiles an elastic model, whose forward is another one for every size",
+            path=(*path, "training", "compile"),
+            expected="auto or off",
+            found="on",
+            fix="training.compile: auto",
+        )

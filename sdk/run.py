@@ -178,7 +178,8 @@ class _Run:
         for config in self.recipe.exports:
             model = models.get(config.model, Path(config.model))
             folder = self.directory / "exports" / config.name
-            asked = {**config.model_dump(mode="json", exclude={"model"}), "weights": weights_sha256(model)}
+            left_out = {"model"} if config.size else {"model", "size"}  # which older runs did not know
+            asked = {**config.model_dump(mode="json", exclude=left_out), "weights": weights_sha256(model)}
             done = _finished_export(folder, asked)
             if done is not None:
                 self.say(f"{config.name}: exported already")
@@ -189,6 +190,7 @@ class _Run:
                 model,
                 to=config.to,
                 quant=config.quant,
+                size=config.size,
                 out=folder,
                 embedding_quant=config.embedding_quant,
                 verify=config.verify,

@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from edgewright import checkpoint
 from edgewright.compress.distill import in_full
 from edgewright.continuation import goes_on_from_latents, start_notes, without_load_report
+from edgewright.derived import DerivedStudentConfig, source_of, start_directory
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import disk_errors, sha256_file, sync_directory, sync_tree, write_json
 from edgewright.memory_rules import check_offload, check_release
-from edgewright.method import by_key
+from edgewright.method import Method, by_key, can_compile
 from edgewright.metrics import Metrics
 from edgewright.micro_batch import limit_allocator
 from edgewright.planner.peak import PeakMemory
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgewright.data import Batches, Corpus, TokenStream
-    from edgewright.method import Method
     from edgewright.objective import Objective
     from edgewright.recipe import AnyStageConfig, MethodConfig, Recipe, StageConfig
 
@@ -133,11 +133,12 @@ def train_stage(
     if loaded and loaded.state.decisions.get("processes", 1) == world.size:
         torch.set_num_threads(loaded.state.decisions["threads"])
     peak = PeakMemory.begin("cuda" if torch.cuda.is_available() else "cpu")
-    model, origin = _student(recipe, stage, corpus, earlier, say)
+    model, origin = world.main_first(lambda: _student(recipe, stage, corpus, directory, earlier, say))
     tokens_per_step = settings.tokens_per_step(data.sequence_length)
     steps = stage.budget.steps(tokens_per_step)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     decisions = decide(settings, parameters=parameters, tokens=steps * tokens_per_step, processes=world.size)
+    decisions["compile"] &= can_compile(config.type for config in stage.methods)
     if not loaded:
         decisions |= _within_budget(recipe, stage, model, earlier, decisions, say)
     decisions = world.shared(decisions)
@@ -257,7 +258,12 @@ def model_of(config: CheckpointStudentConfig | StageStudentConfig, earlier: dict
 
 
 def _student(
-    recipe: Recipe, stage: StageConfig, corpus: Corpus, earlier: dict[str, Path], say: Callable[[str], None]
+    recipe: Recipe,
+    stage: StageConfig,
+    corpus: Corpus,
+    folder: Path,
+    earlier: dict[str, Path],
+    say: Callable[[str], None],
 ) -> tuple[PreTrainedModel, Origin | None]:
     """The model that a stage starts from, and, where that is the trained form of an earlier stage, whose."""
     config, origin = stage.student, None
@@ -275,7 +281,9 @@ def _student(
         return preset, None
     from edgewright.export.lattice import SIDECAR
 
-    directory = model_of(config, earlier)
+    source = source_of(config)
+    assert source is not None, "only presets start from nothing"
+    directory = model_of(source, earlier)
     if isinstance(config, StageStudentConfig):
         before = recipe.stage(config.stage)
         assert before is not None, "the recipe was checked"
@@ -286,9 +294,14 @@ def _student(
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
     for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
         say(f"note: {note}")
+    if isinstance(config, DerivedStudentConfig):
+        directory = start_directory(config, directory, folder, recipe, stage, corpus, say)
     ours = isinstance(config, StageStudentConfig)
     with without_load_report() if ours else nullcontext():
         model = load_model(directory)
+    if isinstance(config, DerivedStudentConfig):
+        for note in config.notes(recipe, stage, sum(parameter.numel() for parameter in model.parameters())):
+            say(f"note: {note}")
     if model.config.vocab_size < corpus.vocab_size:
         raise BadInput(
             "EW-702",
@@ -349,12 +362,13 @@ def _objective(
 ) -> Objective:
     from edgewright.compress.cache import CachedTargets, CacheKey
     from edgewright.compress.cross_tokenizer import CrossTokenizerTeacher
+    from edgewright.compress.sandwich import SandwichConfig
     from edgewright.compress.teacher import OnlineTeacher
     from edgewright.objective import NextTokenConfig
     from edgewright.preview import stored_architecture
 
     config = stage.objective
-    if isinstance(config, NextTokenConfig):
+    if isinstance(config, NextTokenConfig | SandwichConfig):
         return config.build()
     role, source = f"teacher of stage {stage.name}", config.teacher.build(earlier, CacheKey.of(recipe.data, corpus))
     if config.crosses_tokenizers and isinstance(source, OnlineTeacher) and source.directory is not None:
@@ -408,6 +422,8 @@ def _write_model(
             plain.save_pretrained(temporary, state_dict=without_beside(plain, plain_state_dict(plain)))
         mark(plain, temporary)
         extra_files(temporary)
+        for method in methods:
+            method.write_beside(temporary)
         if lattice:
             save_sidecar(temporary, lattice)
         sync_tree(temporary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -86,11 +86,6 @@ class StageStudentConfig(BaseModel):
     type: Literal["stage"] = "stage"
     stage: str
     """Name of the earlier stage."""
-
-
-StudentConfig = Annotated[
-    PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig, Field(discriminator="type")
-]
 
 
 def preset_config(

@@ -13,6 +13,7 @@ from edgewright.compress.cache import read_manifest
 from edgewright.compress.cache_config import CacheStageConfig, TopKConfig
 from edgewright.compress.cache_format import Layout
 from edgewright.compress.teacher_config import CachedTeacherConfig
+from edgewright.method import can_compile
 from edgewright.planner.simulate import Case
 from edgewright.planner.teachers import as_held, stored, stored_teacher
 from edgewright.preview import Reserved, architecture, preview
@@ -74,6 +75,7 @@ def case(stage: StageConfig, models: StageModels, recipe: Recipe, device: Device
     per_step = settings.tokens_per_step(length)
     parameters = sum(parameter.numel() for parameter in models.student.parameters())
     decisions = decide(settings, parameters=parameters, tokens=stage.budget.steps(per_step) * per_step)
+    decisions["compile"] &= can_compile(config.type for config in stage.methods)
     return Case(
         stage=stage,
         student=models.student,

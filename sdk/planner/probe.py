@@ -69,6 +69,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
 
     from edgewright.checkpoint import TrainState
     from edgewright.compress.cache import CacheKey
+    from edgewright.compress.sandwich import SandwichConfig
     from edgewright.metrics import Metrics
     from edgewright.objective import NextTokenConfig
     from edgewright.planner.cases import case, stage_models
@@ -89,7 +90,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     methods = [config.build() for config in stage.methods]
     for method in methods:
         method.prepare(model)
-    if isinstance(stage.objective, NextTokenConfig):
+    if isinstance(stage.objective, NextTokenConfig | SandwichConfig):
         objective: Any = stage.objective.build()
     else:
         key = CacheKey(tokens="", tokenizer="", sequence_length=0, restart_at_documents=True)  # of no cache

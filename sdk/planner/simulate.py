@@ -264,7 +264,7 @@ def _weightless(model: PreTrainedModel) -> PreTrainedModel:
 
 def _objective(case: Case, teachers: list[PreTrainedModel], ledger: Ledger) -> Objective:
     config = case.stage.objective
-    if config.type == "next_token":
+    if config.type == "next_token" or config.type == "sandwich":
         return config.build()
     before: list[str] = []
     for teacher in teachers:

@@ -86,6 +86,14 @@ def test_targets_are_those_of_export_with_what_each_width_holds() -> None:
     assert "codes -1..1, a scale per tensor, row or multiple of 256 columns" in gguf["tq2_0"][0]
 
 
+def test_students_are_what_a_recipe_can_start_from() -> None:
+    found = entries("students")
+    assert list(found) == ["preset", "checkpoint", "stage", "pruned", "grown"]
+    assert found["pruned"]["paper"] == "arXiv:2407.14679" and found["grown"]["paper"] == "arXiv:2110.07143"
+    methods = {option["name"]: option["choices"] for option in found["grown"]["options"]}["method"]
+    assert methods == ["function_preserving", "advanced", "stack"]
+
+
 def test_presets_say_how_large_they_are() -> None:
     smallest = entries("presets")["llama-1m"]
     assert smallest["hidden_size"] == 128
@@ -93,7 +101,7 @@ def test_presets_say_how_large_they_are() -> None:
 
 
 def test_an_unknown_kind_names_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match=r"EW-534.*\n.*methods, optimizers, losses, targets, presets"):
+    with pytest.raises(RecipeError, match=r"EW-534.*\n.*methods, optimizers, losses, students, targets, presets"):
         edgewright.ls("widths")
 
 

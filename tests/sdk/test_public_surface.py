@@ -46,10 +46,10 @@ OPTIONS = {
     "run": {"--fresh", "--json", "--help"},
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
     "export": {
-        "--to", "--quant", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--calibrate", "--method",
+        "--to", "--quant", "--size", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--calibrate", "--method",
         "--no-verify", "--threads", "--json", "--help",
     },
-    "verify": {"--against", "--max-kl", "--data", "--threads", "--json", "--help"},
+    "verify": {"--against", "--size", "--max-kl", "--data", "--threads", "--json", "--help"},
     "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--threads", "--json", "--help"},
     "report": {"--add", "--json", "--help"},
