@@ -2,7 +2,7 @@
 
     python benchmarks/plan_time.py [--only NAME] [--share 1.0]
 
-Every configuration is planned in one process (a probe of five steps, with random weights and tokens, in another) and
+Every configuration is planned in one process (a probe of a few steps, with random weights and tokens, in another) and
 trained in a third, one after the other. Compared is the time of all steps, evaluations and checkpoints aside; what a
 table of rates alone would have said is printed beside it. Bar: within 15 % after the probe.
 """

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import RecipeError
+from edgewright.optim.narrow_weight import NarrowWeight
 from edgewright.optim.projection import (
     Group,
     Projector,
@@ -45,6 +46,8 @@ BATCH = 1 << 24
 """Values of low-rank gradients that are updated by one kernel: the memory that they and their directions need."""
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
 """Both moments' keys in the state, and whether they can be negative."""
+PIECE = 1 << 24
+"""Values of a parameter that is narrower than its update from which on it is updated in pieces of so many."""
 LATER = 1e9
 """A step count after which the fused kernel's bias correction is 1, as it is done outside."""
 
@@ -222,7 +225,7 @@ class ProjectedOptimizer(ResettableOptimizer):
             with tensor_cores(gradient.device):
                 lows.append(_computable(project(gradient, projection)))
             projections.append(projection)
-        directions = self._directions(parameters, lows, group)
+        directions = _directions([self.state[parameter] for parameter in parameters], lows, group)
         batch = []
         for number, parameter in enumerate(parameters):
             state = self.state[parameter]
@@ -257,58 +260,79 @@ class ProjectedOptimizer(ResettableOptimizer):
         for (done, _, _), together in alike.items():
             rate = group["lr"] * _bias_correction(done + 1, group)
             gradients = [parameter.grad for parameter in together if parameter.grad is not None]
-            self._fused(together, together, gradients, group, rate)
+            _fused([self.state[parameter] for parameter in together], together, gradients, group, rate)
             for parameter in together:
                 _tick(self.state[parameter])
                 _decay(parameter, group)
 
     def _adamw_of_one(self, parameter: Tensor, group: Group) -> None:
         assert parameter.grad is not None
-        (direction,) = self._directions([parameter], [_computable(parameter.grad)], group)
+        pieces = _pieces(parameter, group)
+        if pieces:
+            self._adamw_in_pieces(parameter, group, pieces)
+            return
+        (direction,) = _directions([self.state[parameter]], [_computable(parameter.grad)], group)
         weight = readable(parameter)
         rate = group["lr"] * _bias_correction(_tick(self.state[parameter]), group)
         weight.add_(direction, alpha=-rate)
         _decay(weight, group)
         write_back(parameter, weight)
 
-    def _directions(self, parameters: list[Tensor], gradients: list[Tensor], group: Group) -> list[Tensor]:
-        """D for each gradient (projected or not), after its moments were updated."""
-        directions = [torch.empty_like(gradient) for gradient in gradients]
-        torch._foreach_zero_(directions)
-        self._fused(parameters, directions, gradients, group, -1.0)
-        return directions
+    def _adamw_in_pieces(self, parameter: Tensor, group: Group, pieces: list[slice]) -> None:
+        """The same, some rows after the other: an embedding, its gradient, its direction and both moments in full
+        precision would take more memory than all of the optimizer's state."""
+        assert parameter.grad is not None
+        state, begun = self.state[parameter], "step" in self.state[parameter]
+        rate = group["lr"] * _bias_correction(_tick(state), group)
+        for rows in pieces:
+            part: State = {"step": state["step"], **{key: state[key][rows] for key, _ in MOMENTS}} if begun else {}
+            (direction,) = _directions([part], [_computable(parameter.grad[rows])], group)
+            weight = readable(parameter[rows])
+            weight.add_(direction, alpha=-rate)
+            _decay(weight, group)
+            write_back(parameter[rows], weight)
+            for key, _ in MOMENTS:
+                if key not in state:
+                    state[key] = torch.empty_like(parameter, dtype=part[key].dtype)
+                state[key][rows].copy_(part[key])
 
-    def _fused(
-        self, parameters: list[Tensor], targets: list[Tensor], gradients: list[Tensor], group: Group, rate: float
-    ) -> None:
-        """Update the moments, and `targets` by -rate * D, in one kernel: torch's fused AdamW, without corrections."""
-        if not targets:
-            return
-        states = [self.state[parameter] for parameter in parameters]
-        moments = {
-            key: [_moment(state, key, gradient, group) for state, gradient in zip(states, gradients, strict=True)]
-            for key, _ in MOMENTS
-        }
-        later = torch.full((), LATER, device=targets[0].device)
-        torch._fused_adamw_(
-            targets,
-            gradients,
-            moments["exp_avg"],
-            moments["exp_avg_sq"],
-            [],
-            [later] * len(targets),
-            lr=rate,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=0.0,
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
-        for key, signed in MOMENTS:
-            storage = moment_storage(group["states"], signed=signed)
-            for state, moment in zip(states, moments[key], strict=True):
-                _keep(storage, state, key, moment)
+
+def _directions(states: list[State], gradients: list[Tensor], group: Group) -> list[Tensor]:
+    """D for each gradient (projected or not), after its moments were updated."""
+    directions = [torch.empty_like(gradient) for gradient in gradients]
+    torch._foreach_zero_(directions)
+    _fused(states, directions, gradients, group, -1.0)
+    return directions
+
+
+def _fused(states: list[State], targets: list[Tensor], gradients: list[Tensor], group: Group, rate: float) -> None:
+    """Update the moments, and `targets` by -rate * D, in one kernel: torch's fused AdamW, without corrections."""
+    if not targets:
+        return
+    moments = {
+        key: [_moment(state, key, gradient, group) for state, gradient in zip(states, gradients, strict=True)]
+        for key, _ in MOMENTS
+    }
+    later = torch.full((), LATER, device=targets[0].device)
+    torch._fused_adamw_(
+        targets,
+        gradients,
+        moments["exp_avg"],
+        moments["exp_avg_sq"],
+        [],
+        [later] * len(targets),
+        lr=rate,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=0.0,
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    for key, signed in MOMENTS:
+        storage = moment_storage(group["states"], signed=signed)
+        for state, moment in zip(states, moments[key], strict=True):
+            _keep(storage, state, key, moment)
 
 
 def channel_norms(matrix: Tensor, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
@@ -343,6 +367,19 @@ def _keep(storage: MomentStorage, state: State, key: str, moment: Tensor) -> Non
     """Write a moment; of one that is cut up, each process its part."""
     storage.write(state, key, local(moment))
     state[key] = as_part(state[key], moment)
+
+
+def _pieces(parameter: Tensor, group: Group) -> list[slice]:
+    """Rows that are updated together, where a whole parameter is too large for that; else none.
+
+    Blocks of eight bits run over the borders of rows, and what is cut up among processes is smaller already.
+    """
+    if isinstance(parameter, NarrowWeight) or as_distributed(parameter) is not None or group["states"] == "int8":
+        return []
+    if parameter.ndim < 2 or parameter.numel() <= PIECE:
+        return []
+    rows = max(1, PIECE * parameter.shape[0] // parameter.numel())
+    return [slice(first, first + rows) for first in range(0, parameter.shape[0], rows)]
 
 
 def _computable(tensor: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 WARM_UP = 2
 """Steps that are not counted: the first compiles, the second is the first that finds the optimizer's state."""
 MEASURED = 3
+"""Steps that are counted at least."""
+ENOUGH = 4.0
+"""Seconds that the counted steps take together at least: a run is made of slow and fast ones."""
+MOST = 40
+"""Steps of a probe at most."""
 LONG_ENOUGH = 60.0
 """Seconds after which one counted step is enough."""
 DOCUMENT_TOKENS = 400
@@ -40,7 +45,7 @@ class Probe:
     """What a few steps took.
 
     Args:
-        seconds: of a step, median.
+        seconds: of a step, mean.
         once: seconds that the first steps took longer, mostly compilation.
         memory: peak bytes above the baseline, None where the system does not tell.
         problem: why there is no time, in a line; None where there is.
@@ -118,11 +123,11 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     trainer = Trainer(job, TrainState(decisions=decisions), metrics, StopRequest())
     seconds: list[float] = []
     started = time.perf_counter()
-    while len(seconds) < WARM_UP + MEASURED:
+    while len(seconds) < WARM_UP + MEASURED or (sum(seconds[WARM_UP:]) < ENOUGH and len(seconds) < MOST):
         seconds.append(trainer.rehearse())
         if len(seconds) > WARM_UP and time.perf_counter() - started > LONG_ENOUGH:
             break
-    typical = statistics.median(seconds[WARM_UP:])
+    typical = statistics.fmean(seconds[WARM_UP:])
     return Probe(
         seconds=typical,
         once=max(0.0, sum(seconds[:WARM_UP]) - WARM_UP * typical),

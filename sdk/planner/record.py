@@ -243,12 +243,13 @@ def _predict(recipe: Recipe, directory: Path, vocab_size: int, begun: set[str]) 
 
 def worth_probing(time: Time, steps: int, decisions: dict[str, Any]) -> bool:
     """Whether a probe costs no more than `PROBE_SHARE` of a stage, by what a table says of both."""
-    from edgewright.planner.probe import MEASURED, WARM_UP
+    from edgewright.planner.probe import ENOUGH, MEASURED, WARM_UP
     from edgewright.training import COMPILE_COST_SECONDS
 
     if time.seconds is None:
         return steps >= WITHOUT_RATES
-    cost = START_UP + (WARM_UP + MEASURED) * time.seconds / steps
+    step = time.seconds / steps
+    cost = START_UP + WARM_UP * step + max(ENOUGH, MEASURED * step)
     cost += COMPILE_COST_SECONDS if decisions["compile"] else 0.0
     return cost <= PROBE_SHARE * time.seconds
 

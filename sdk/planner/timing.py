@@ -57,7 +57,7 @@ def from_table(case: Case, step: Step, device: Device) -> Time:
 
 
 def from_probe(case: Case, seconds_per_step: float, compiling: float) -> Time:
-    """From the median step of a probe, and the time that it took to compile."""
+    """From the mean step of a probe, and the time that it took to compile."""
     tokens = case.stage.training.tokens_per_step(case.sequence_length)
     low, high = seconds_per_step * (1 - PROBE_SPREAD), seconds_per_step * (1 + PROBE_SPREAD)
     return _spread(case, tokens, seconds_per_step, low, high, "probe", compiling)

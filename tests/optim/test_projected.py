@@ -426,6 +426,31 @@ def test_a_rank_that_a_matrix_does_not_have_is_refused(group, found):
     assert refused.value.code == "EW-741"
 
 
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
+@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16])
+def test_a_large_parameter_is_updated_in_pieces(monkeypatch, states, width):
+    """Rows after rows, which AdamW does not see; bfloat16 is rounded to nearest here, so that it draws nothing."""
+    from edgewright.optim import projected, storage, weights
+
+    for module in (storage, weights):
+        monkeypatch.setattr(module, "round_to_bf16", lambda value: value.bfloat16())
+    torch.manual_seed(0)
+    start = torch.randn(37, 12).to(width)
+    gradients = [torch.randn(37, 12).to(width) for _ in range(4)]
+    ends = []
+    for piece in (1 << 24, 60):
+        monkeypatch.setattr(projected, "PIECE", piece)
+        parameter = nn.Parameter(start.clone())
+        optimizer = Apollo([{"params": [parameter], "rank": None}], lr=0.1, weight_decay=0.1, states=states)
+        for gradient in gradients:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append((parameter.detach(), *(optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq", "step"))))
+    assert len(projected._pieces(parameter, optimizer.param_groups[0])) == 8
+    for whole, pieces in zip(*ends, strict=True):
+        assert whole.dtype == pieces.dtype and torch.equal(whole, pieces)
+
+
 @every
 def test_a_flat_list_of_which_nothing_can_be_projected_is_refused(kind):
     """It would be AdamW by another name; norms alone are AdamW's own."""
