@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -133,7 +134,7 @@ def simulate(case: Case) -> Step:
         RuntimeError: the architecture or a method does what cannot be done without data.
     """
     ledger = Ledger()
-    with _without_warnings(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with _without_warnings(), _young_garbage(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         with ledger.part("weights"):
             student = _weightless(case.student)
             check_weights(student, case.decisions["weights"], methods=[config.type for config in case.stage.methods])
@@ -182,6 +183,9 @@ class _Run:
         self.methods = methods
         self.ledger = ledger
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        if case.decisions["gradient_checkpointing"]:
+            for parameter in trained:
+                parameter.register_post_accumulate_grad_hook(_collect)
         for parameter in trained:  # before those of gradient release, which frees it
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign_gradient(p))
         optimizer = case.stage.optimizer.build(student)
@@ -242,6 +246,25 @@ class _Run:
         from edgewright.compress.four_bits import FOUR_BIT_PRODUCTS
 
         return FOUR_BIT_PRODUCTS
+
+
+def _collect(_: Tensor) -> None:
+    gc.collect()
+
+
+@contextmanager
+def _young_garbage() -> Iterator[None]:
+    """Inside the block a search for garbage looks at what is made there alone, and so is quick.
+
+    A block that is computed again is stopped by an exception, whose traceback keeps its tensors in cycles. A training
+    makes so many objects that they are soon found; a simulation has to be told to look.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

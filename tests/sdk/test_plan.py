@@ -82,7 +82,7 @@ def test_memory_follows_the_settings(tmp_path: Path) -> None:
     _, narrow = simulated(tmp_path, layers, "stages.base.training.weights=bf16")
     activations = [step.memory["activations"] for step in (plain, double, again)]
     assert 1.9 < activations[1] / activations[0] < 2.1
-    assert activations[2] < 0.95 * activations[0] and again.flops > 1.2 * plain.flops
+    assert activations[2] < 0.6 * activations[0] and again.flops > 1.2 * plain.flops
     assert sum(released.memory.values()) < sum(plain.memory.values()) - 2 * plain.parameters
     assert 0.5 <= narrow.weight_bytes / plain.weight_bytes < 0.55
 
