@@ -76,7 +76,7 @@ def case(layers: int, device: str) -> Case:
         student = llama(layers)
     decisions = decide(settings.training, parameters=1, tokens=1) | {"device": device, "compile": False}
     return Case(
-        stage=settings, student=student, teacher=None, sequence_length=LENGTH, decisions=decisions, borders=False
+        stage=settings, student=student, teachers=(), sequence_length=LENGTH, decisions=decisions, borders=False
     )
 
 
