@@ -17,6 +17,7 @@ class Bf16Weight(NarrowWeight):
     """
 
     PARTS = ("value",)
+    WINDOWS = True
     value: Tensor
 
     @classmethod

@@ -35,6 +35,8 @@ class NarrowWeight(Tensor):
 
     PARTS: ClassVar[tuple[str, ...]]
     """Names of the stored tensors, which are attributes."""
+    WINDOWS: ClassVar[bool] = False
+    """Whether some rows of the weight are the same rows of every stored tensor."""
     transposed: bool
 
     @staticmethod
@@ -66,6 +68,21 @@ class NarrowWeight(Tensor):
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight, as an embedding looks them up: [*index, columns] of the type that it has outside."""
         return self.dequantized()[index]
+
+    def window(self, rows: slice) -> Self:
+        """Some rows as a weight of its own that shares the stored values: what is written there is written here.
+
+        Raises:
+            TypeError: rows are no parts of this weight, see `has_windows`.
+        """
+        if not self.has_windows:
+            raise TypeError(f"{type(self).__name__} cannot be shared by rows")
+        return self.rebuilt({name: part[rows] for name, part in self.parts.items()})
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether `window` is there."""
+        return self.WINDOWS and not self.transposed
 
     def write(self, value: Tensor) -> None:
         """Store `value`, float32 in the order in which the weight is stored, with stochastic rounding.

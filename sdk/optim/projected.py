@@ -287,13 +287,14 @@ class ProjectedOptimizer(ResettableOptimizer):
         for rows in pieces:
             part: State = {"step": state["step"], **{key: state[key][rows] for key, _ in MOMENTS}} if begun else {}
             (direction,) = _directions([part], [_computable(parameter.grad[rows])], group)
-            weight = readable(parameter[rows])
+            window = parameter.window(rows) if isinstance(parameter, NarrowWeight) else parameter[rows]
+            weight = readable(window)
             weight.add_(direction, alpha=-rate)
             _decay(weight, group)
-            write_back(parameter[rows], weight)
+            write_back(window, weight)
             for key, _ in MOMENTS:
                 if key not in state:
-                    state[key] = torch.empty_like(parameter, dtype=part[key].dtype)
+                    state[key] = torch.empty(parameter.shape, dtype=part[key].dtype, device=parameter.device)
                 state[key][rows].copy_(part[key])
 
 
@@ -374,7 +375,9 @@ def _pieces(parameter: Tensor, group: Group) -> list[slice]:
 
     Blocks of eight bits run over the borders of rows, and what is cut up among processes is smaller already.
     """
-    if isinstance(parameter, NarrowWeight) or as_distributed(parameter) is not None or group["states"] == "int8":
+    if isinstance(parameter, NarrowWeight) and not parameter.has_windows:
+        return []
+    if as_distributed(parameter) is not None or group["states"] == "int8":
         return []
     if parameter.ndim < 2 or parameter.numel() <= PIECE:
         return []

@@ -188,3 +188,14 @@ def test_an_embedding_in_bf16_looks_up_rows_and_may_be_the_head():
     F.cross_entropy(head(embedding(ids)).flatten(0, 1), ids.flatten()).backward()
     F.cross_entropy(F.linear(reference(ids), reference.weight).flatten(0, 1), ids.flatten()).backward()
     assert torch.equal(head.weight.grad, reference.weight.grad)
+
+
+def test_rows_of_a_bf16_weight_share_what_it_stores():
+    weight = Bf16Weight.narrowed(torch.arange(12.0).reshape(4, 3))
+    rows = weight.window(slice(1, 3))
+    assert torch.equal(rows.dequantized(), torch.arange(3.0, 9.0).reshape(2, 3))
+    rows.store(torch.full((2, 3), 7.0))
+    assert weight.dequantized().tolist() == [[0, 1, 2], [7, 7, 7], [7, 7, 7], [9, 10, 11]]
+    for whole in (weight.t(), Int8Weight.narrowed(torch.randn(4, GROUP))):
+        with pytest.raises(TypeError, match="cannot be shared by rows"):
+            whole.window(slice(1, 3))

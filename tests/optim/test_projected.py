@@ -10,8 +10,10 @@ from torch import nn
 import edgewright.optim
 from edgewright.errors import RecipeError
 from edgewright.optim import Apollo, ApolloMini, Fira, GaLore, GradNormLoRP
+from edgewright.optim.bf16_weight import Bf16Weight
 from edgewright.optim.projection import random_projection
 from edgewright.optim.state import named_state, reset_all_state, reset_state, restore_state
+from edgewright.optim.weights import readable
 
 ALL = [Apollo, ApolloMini, GaLore, Fira, GradNormLoRP]
 STATES = ["fp32", "bf16", "int8"]
@@ -427,16 +429,16 @@ def test_a_rank_that_a_matrix_does_not_have_is_refused(group, found):
 
 
 @pytest.mark.parametrize("states", ["fp32", "bf16"])
-@pytest.mark.parametrize("width", [torch.float32, torch.bfloat16])
-def test_a_large_parameter_is_updated_in_pieces(monkeypatch, states, width):
+@pytest.mark.parametrize("stored", [torch.Tensor.float, torch.Tensor.bfloat16, Bf16Weight.narrowed])
+def test_a_large_parameter_is_updated_in_pieces(monkeypatch, states, stored):
     """Rows after rows, which AdamW does not see; bfloat16 is rounded to nearest here, so that it draws nothing."""
-    from edgewright.optim import projected, storage, weights
+    from edgewright.optim import bf16_weight, projected, storage, weights
 
-    for module in (storage, weights):
+    for module in (storage, weights, bf16_weight):
         monkeypatch.setattr(module, "round_to_bf16", lambda value: value.bfloat16())
     torch.manual_seed(0)
-    start = torch.randn(37, 16).to(width)
-    gradients = [torch.randn(37, 16).to(width) for _ in range(4)]
+    start = stored(torch.randn(37, 16))
+    gradients = [torch.randn(37, 16).to(start.dtype) for _ in range(4)]
     ends = []
     for piece in (1 << 24, 80):  # whole vectors of the kernel, whose ends round otherwise
         monkeypatch.setattr(projected, "PIECE", piece)
@@ -445,7 +447,9 @@ def test_a_large_parameter_is_updated_in_pieces(monkeypatch, states, width):
         for gradient in gradients:
             parameter.grad = gradient.clone()
             optimizer.step()
-        ends.append((parameter.detach(), *(optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq", "step"))))
+        ends.append(
+            (readable(parameter.detach()), *(optimizer.state[parameter][k] for k in ("exp_avg", "exp_avg_sq", "step")))
+        )
     assert len(projected._pieces(parameter, optimizer.param_groups[0])) == 8
     for whole, pieces in zip(*ends, strict=True):
         assert whole.dtype == pieces.dtype and torch.equal(whole, pieces)
