@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from edgewright.compress.layers import CompressedLinear
-from edgewright.imports import no_kernels_from_a_hub
+from edgewright.imports import importing_bitsandbytes
 
 NAME = "default"
 """What peft calls the only adapter of a layer."""
@@ -90,7 +90,7 @@ def _adapter(linear: nn.Linear, *, rank: int, alpha: float, dropout: float, dora
     It is made on meta and filled afterwards: peft would move its weights to the device of the layer's, which tensors
     without memory, as the planner's are, refuse.
     """
-    with no_kernels_from_a_hub():
+    with importing_bitsandbytes():
         import peft
 
     config: Any = peft.LoraConfig  # which says that alpha is an integer, and takes any number

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from edgewright.imports import no_kernels_from_a_hub
+from edgewright.imports import importing_bitsandbytes
 
-with no_kernels_from_a_hub():
+with importing_bitsandbytes():
     from bitsandbytes import matmul_4bit
     from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.compress.targets import HeadLogits, Logits, Targets, TargetSource
+from edgewright.imports import importing_bitsandbytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,7 +187,8 @@ def packable(model: nn.Module, head: nn.Module | None) -> list[tuple[str, nn.Lin
 
 def pack_linears(model: PreTrainedModel, weights: TeacherWeights, device: torch.device) -> None:
     """Turn a model's linear layers into bitsandbytes' own, on the device, one after the other."""
-    import bitsandbytes as bnb
+    with importing_bitsandbytes():
+        import bitsandbytes as bnb
 
     for name, linear in packable(model, model.get_output_embeddings()):
         shape, has_bias = (linear.in_features, linear.out_features), linear.bias is not None

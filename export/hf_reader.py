@@ -12,6 +12,7 @@ from edgewright.errors import BadInput
 from edgewright.export.guard import check_model_directory, read_json
 from edgewright.export.lattice import SIDECAR
 from edgewright.export.source import Source
+from edgewright.imports import importing_bitsandbytes
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,9 @@ def _bitsandbytes(parts: Tensors, settings: Mapping[str, Any]) -> np.ndarray:
         eight: np.ndarray = (codes * (absmax / 127)[:, None]).numpy()
         return eight
     import torch
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    with importing_bitsandbytes():
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
     stored = {name.removeprefix("weight."): value for name, value in parts.items() if name != "weight"}
     state = QuantState.from_dict(stored, device=torch.device("cpu"))

@@ -31,17 +31,21 @@ def no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def no_kernels_from_a_hub() -> Iterator[None]:
-    """Import bitsandbytes, or what imports it, inside: with the package `kernels` it would fetch code and run it.
+def importing_bitsandbytes() -> Iterator[None]:
+    """Import bitsandbytes, or what imports it, inside.
 
-    It does without, and its warning that it has to is not shown.
+    With the package `kernels` it would fetch code from a hub and run it: it does without, and its warning that it has
+    to is not shown. And the tables that it makes are real tensors, also where a step is being simulated without memory.
     """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     before, quiet = sys.modules.get("kernels"), logger.disabled
     sys.modules["kernels"] = cast(ModuleType, None)  # so that importing it fails
     logger.disabled = True
     try:
-        yield
+        with unset_fake_temporarily():
+            yield
     finally:
         logger.disabled = quiet
         del sys.modules["kernels"]

@@ -17,14 +17,15 @@ nearest would keep it for ever.
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from edgewright.imports import importing_bitsandbytes
 from edgewright.optim.stochastic_rounding import round_to_bf16
 
 StatesType = Literal["fp32", "bf16", "int8"]
@@ -129,21 +130,28 @@ class Int8Storage(MomentStorage):
         return 4 * numel if numel < SMALLEST_INT8 else numel + 4 * -(-numel // BLOCK)
 
 
-@cache
 def code_book(signed: bool, device: torch.device) -> Tensor:
     """The 256 values of bitsandbytes' dynamic data type, ascending, in -1..1 or 0..1."""
-    return blockwise().create_dynamic_map(signed=signed).to(device)
+    book = _BOOKS.get((signed, device))
+    if book is None:
+        with unset_fake_temporarily():
+            whole = blockwise().create_dynamic_map(signed=signed)
+        book = whole.to(device)
+        if not isinstance(book, FakeTensor):  # of a step that is simulated for a device which is not here
+            _BOOKS[signed, device] = book
+    return book
+
+
+_BOOKS: dict[tuple[bool, torch.device], Tensor] = {}
+"""Made once for every device."""
 
 
 @cache
 def blockwise() -> Any:
-    """bitsandbytes' functions; without its advice to install a kernel for 4-bit products, which nothing here uses."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    import bitsandbytes.functional
+    """bitsandbytes' functions."""
+    with importing_bitsandbytes():
+        import bitsandbytes.functional
 
-    logger.setLevel(level)
     return bitsandbytes.functional
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,44 @@ def test_without_bf16_a_gpu_computes_in_fp32(tmp_path: Path) -> None:
     stage, models = next(iter(stage_models(recipe, 300)))
     precisions = [case(stage, models, recipe, GPUS[name]).decisions["precision"] for name in ("t4", "l4")]
     assert precisions == ["float32", "bfloat16"]
+
+
+NOTHING_FAKE = """
+import sys
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+import edgewright
+from edgewright.imports import importing_bitsandbytes
+
+planned = edgewright.plan(sys.argv[1], *sys.argv[2:], probe=False)
+assert planned.stages[0].memory
+from edgewright.optim.storage import code_book
+
+with importing_bitsandbytes():
+    from bitsandbytes.backends import utils
+found = [code_book(True, torch.device("cpu")), code_book(False, torch.device("cpu")), *vars(utils).values()]
+tensors = [value for value in found if isinstance(value, torch.Tensor)]
+assert len(tensors) >= 4 and not any(isinstance(tensor, FakeTensor) for tensor in tensors), tensors
+"""
+"""What is made once for a process, by a process whose first step is a simulated one."""
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    ["{type: apollo, rank: 4, states: int8}", "{type: galore, rank: 4, states: int8}", "{type: adamw_8bit}"],
+)
+def test_what_outlasts_a_simulated_step_is_real(tmp_path: Path, optimizer: str) -> None:
+    recipe = write_recipe(tmp_path)
+    command = [
+        sys.executable,
+        "-c",
+        NOTHING_FAKE,
+        str(recipe),
+        f"stages.base.optimizer={optimizer}",
+        "stages.base.training.compile=off",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
