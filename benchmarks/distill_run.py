@@ -15,7 +15,8 @@ from edgewright.data import Corpus, prepare_data
 from edgewright.files import write_json
 from edgewright.machine import describe_machine
 from edgewright.recipe import Recipe, load_recipe
-from edgewright.stage import StageResult, check_same_recipe
+from edgewright.resume import check_same_recipe
+from edgewright.stage import StageResult
 from edgewright.stage_work import StageWork
 from edgewright.training import Interrupted, StopRequest
 from edgewright.world import ALONE

@@ -135,7 +135,7 @@ class _Run:
     def _begin(self, corpus: Corpus) -> None:
         """What is to be known and kept before the first stage."""
         from edgewright.compress.cache import check_caches_made_of
-        from edgewright.stage import check_same_recipe
+        from edgewright.resume import check_same_recipe
 
         check_caches_made_of(self.recipe, corpus)
         for stage in self.recipe.stages:
