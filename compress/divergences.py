@@ -193,6 +193,17 @@ def log_probabilities(student: Tensor, teacher: Tensor, temperature: float) -> t
     )
 
 
+def check_places(student: Tensor, teacher: Tensor) -> None:
+    """Refuse logits, or targets, of other places than the student's: all dimensions but the last (EW-780)."""
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise RecipeError(
+            "EW-780",
+            "student and teacher speak of different places",
+            expected=f"{list(student.shape[:-1])} places, as student_logits has",
+            found=list(teacher.shape[:-1]),
+        )
+
+
 def check_temperature(temperature: float) -> None:
     """Refuse what is no temperature (EW-780)."""
     if not (temperature > 0 and math.isfinite(temperature)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgewright.compress.divergences import at_least_float32, check_temperature
+from edgewright.compress.divergences import at_least_float32, check_places, check_temperature
 from edgewright.compress.targets import Sampled, TopK
 from edgewright.errors import RecipeError
 
@@ -26,18 +26,23 @@ def top_k(student_logits: Tensor, teacher_logits: Tensor | TopK, *, k: int = 50,
     right and its shape is free. It is the forward KL of both distributions coarsened, so never more than `forward_kl`.
 
     Args:
-        student_logits: [N, V].
-        teacher_logits: [N, V], or what was kept of them; then `k` is not used and `temperature` has to be theirs.
+        student_logits: [..., V].
+        teacher_logits: [..., V], or what was kept of them, by rows; then `k` is not used and `temperature` has to be
+            theirs.
 
     Returns:
         Scalar, T^2 * mean over tokens, nats.
 
     Raises:
-        RecipeError: EW-780, a temperature that is not above 0 or not that of the targets; a k above the vocabulary.
+        RecipeError: EW-780, a temperature that is not above 0 or not that of the targets; a k above the vocabulary;
+            targets of other places.
     """
     check_temperature(temperature)
     if isinstance(teacher_logits, Tensor):
-        teacher_logits = TopK.of(at_least_float32(teacher_logits), k, temperature=temperature)
+        check_places(student_logits, teacher_logits)
+        teacher_logits = TopK.of(by_rows(at_least_float32(teacher_logits)), k, temperature=temperature)
+    student_logits = by_rows(student_logits)
+    check_places(student_logits, teacher_logits.ids)
     check_taken_at(teacher_logits.temperature, temperature)
     log_q = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     log_t, tail, filler = _normalised(teacher_logits.within(log_q.shape[-1]))
@@ -74,8 +79,8 @@ def rs_kd(
     has the teacher's entropy in it, which is no part of the gradient, and is not 0 for equal distributions.
 
     Args:
-        student_logits: [N, V].
-        teacher_logits: [N, V], of which samples are drawn, or what was drawn.
+        student_logits: [..., V].
+        teacher_logits: [..., V], of which samples are drawn, or what was drawn, by rows.
         samples: draws for each token.
         generator: of the draws; None: torch's own.
 
@@ -83,14 +88,18 @@ def rs_kd(
         Scalar, T^2 * mean over tokens, nats.
 
     Raises:
-        RecipeError: EW-780, a temperature that is not above 0 or not that of the targets; no sample.
+        RecipeError: EW-780, a temperature that is not above 0 or not that of the targets; no sample; targets of other
+            places.
     """
     check_temperature(temperature)
     if isinstance(teacher_logits, Tensor):
         if samples < 1:
             raise RecipeError("EW-780", "there is nothing to draw", expected="samples of at least 1", found=samples)
-        logits = at_least_float32(teacher_logits)
+        check_places(student_logits, teacher_logits)
+        logits = by_rows(at_least_float32(teacher_logits))
         teacher_logits = Sampled.of(logits, samples, temperature=temperature, generator=generator)
+    student_logits = by_rows(student_logits)
+    check_places(student_logits, teacher_logits.ids)
     check_taken_at(teacher_logits.temperature, temperature)
     log_q = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     targets = teacher_logits.within(log_q.shape[-1])
@@ -103,6 +112,11 @@ def rs_kd_rows(log_q: Tensor, targets: Sampled) -> tuple[Tensor, Tensor]:
     weights = targets.weights.to(log_q.dtype)
     loss = -(weights * log_q.gather(-1, targets.ids)).sum(-1)
     return loss, log_q.exp().mul_(weights.sum(-1, keepdim=True)).scatter_add_(-1, targets.ids, -weights)
+
+
+def by_rows(logits: Tensor) -> Tensor:
+    """[..., V] -> [N, V]"""
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def check_taken_at(theirs: float, wanted: float) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgewright.compress.divergences import at_least_float32, check_temperature, students_mean
+from edgewright.compress.divergences import at_least_float32, check_places, check_temperature, students_mean
 from edgewright.compress.loss_rule import Block, LogProbs, TokenLoss
 from edgewright.compress.targets import Aligned
 
@@ -30,9 +30,10 @@ def uld(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 
         Scalar, T^2 * mean over tokens, 0 to 2 T^2.
 
     Raises:
-        RecipeError: EW-780, a temperature that is not above 0.
+        RecipeError: EW-780, a temperature that is not above 0; logits of other places.
     """
     check_temperature(temperature)
+    check_places(student_logits, teacher_logits)
     q, t = (
         (at_least_float32(logits) / temperature).softmax(-1).sort(-1, descending=True).values
         for logits in (student_logits, teacher_logits)

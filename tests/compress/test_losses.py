@@ -289,9 +289,22 @@ def test_a_teacher_beside_the_student_gives_sparse_targets_too() -> None:
         (lambda a, b: top_k(a, b, k=13), "k of 1 to 12"),
         (lambda a, b: top_k(a, TopK.of(b, 3, temperature=2.0)), "temperature: 2.0"),
         (lambda a, b: losses.rs_kd(a, b, samples=0), "at least 1"),
+        (lambda a, b: losses.rs_kd(a, b[:3]), "places"),
+        (lambda a, b: losses.rs_kd(a, Sampled.of(b[:3], 5)), "places"),
+        (lambda a, b: top_k(a, b[:3], k=3), "places"),
+        (lambda a, b: top_k(a, TopK.of(b[:1], 3)), "places"),
+        (lambda a, b: losses.uld(a, b[:3]), "places"),
     ],
 )
 def test_what_makes_no_sense_is_refused(call: object, found: str) -> None:
     with pytest.raises(RecipeError, match=found) as error:
         call(logits(4, 12, 0), logits(4, 12, 1))  # type: ignore[operator]
     assert error.value.code == "EW-780"
+
+
+def test_sparse_losses_take_logits_of_batches_as_all_others_do() -> None:
+    student, teacher = logits(6, 12, 0), logits(6, 12, 1)
+    batched = student.view(2, 3, 12), teacher.view(2, 3, 12)
+    torch.testing.assert_close(top_k(*batched, k=4), top_k(student, teacher, k=4))
+    drawn = [losses.rs_kd(*both, generator=torch.Generator().manual_seed(0)) for both in (batched, (student, teacher))]
+    torch.testing.assert_close(*drawn)
