@@ -22,6 +22,7 @@ from edgewright.compress.loss_config import (
     HiddenLossConfig,
     LossConfig,
     TokenLossConfig,
+    TopKConfig,
     UldConfig,
 )
 from edgewright.compress.teacher_config import TeacherConfig
@@ -106,22 +107,35 @@ class DistillConfig(BaseModel):
 
     @property
     def crosses_tokenizers(self) -> bool:
-        """Whether the teacher may cut text into other tokens than the data."""
-        return any(isinstance(loss, UldConfig) for loss in self.weighted())
+        """Whether the teacher may cut text into other tokens than the data: one model may, the mean of several not."""
+        return len(self.teacher.models()) == 1 and any(isinstance(loss, UldConfig) for loss in self.weighted())
 
     @property
-    def looks_inside(self) -> bool:
-        """Whether one of the losses is of hidden states."""
-        return any(isinstance(loss, HiddenLossConfig) for loss in self.weighted())
+    def offered(self) -> tuple[str, ...]:
+        """What a teacher that runs beside the student gives, as `build` will find it."""
+        if self.crosses_tokenizers:
+            return ("aligned",)
+        return ("logits", MODEL) if len(self.teacher.models()) == 1 else ("logits",)
+
+    @property
+    def depends_on_shapes(self) -> bool:
+        """Whether one of the losses is of layers that have to be there, or of so many tokens of the teacher."""
+        return any(isinstance(loss, HiddenLossConfig | TopKConfig) for loss in self.weighted())
 
     def check_fit(self, student: PretrainedConfig, teacher: PretrainedConfig, where: str) -> None:
-        """Refuse losses of hidden states that two architectures cannot have (EW-785), before anything is loaded."""
-        from edgewright.compress.hidden_terms import Shape
+        """Refuse losses that two architectures cannot have, before anything is loaded.
 
-        shapes = Shape.of(student), Shape.of(teacher)
+        Raises:
+            RecipeError: EW-785, hidden states of layers that are not there; EW-780, k is above the vocabulary.
+        """
+        from edgewright.compress.hidden_terms import Shape
+        from edgewright.compress.targets import check_k
+
         for index, loss in enumerate(self.weighted()):
             if isinstance(loss, HiddenLossConfig):
-                loss.build().fit(*shapes, f"{where}.losses.{index}")
+                loss.build().fit(Shape.of(student), Shape.of(teacher), f"{where}.losses.{index}")
+            elif isinstance(loss, TopKConfig):
+                check_k(loss.k, teacher.get_text_config().vocab_size, f"{where}.losses.{index}.k")
 
 
 def mixture(kl_weight: float | None, temperature: float | None) -> tuple[LossConfig, ...]:

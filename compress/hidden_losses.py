@@ -126,7 +126,7 @@ class Projection(nn.Module):
         return F.linear(states, self.weight.to(states.dtype))
 
 
-def check_heads(heads: int, *widths: int) -> None:
+def check_heads(heads: int, *widths: int, where: str | None = None) -> None:
     """Refuse relation heads that do not cut every width into equal parts (EW-785)."""
     if all(width % heads == 0 for width in widths):
         return
@@ -135,6 +135,7 @@ def check_heads(heads: int, *widths: int) -> None:
     raise RecipeError(
         "EW-785",
         "relation heads have to divide the widths of queries, keys and values of both models",
+        where=where,
         expected=f"relation_heads: {' | '.join(map(str, legal))}",
         found=f"{heads}, and widths {', '.join(map(str, sorted(set(widths))))}",
     )

@@ -103,7 +103,8 @@ class MiniLM(HiddenLoss):
             )
         )
         self.heads = self.wanted_heads or student.heads
-        check_heads(self.heads, student.query, student.key, teacher.query, teacher.key)
+        widths = student.query, student.key, teacher.query, teacher.key
+        check_heads(self.heads, *widths, where=f"{where}.relation_heads")
         self.of_student = Wanted(attention=frozenset({self._student}))
         self.of_teacher = Wanted(attention=frozenset({self._teacher}))
 

@@ -265,6 +265,10 @@ class HadConfig(HiddenLossConfig):
     reconstruction: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of the cross-entropy of hidden tokens beside the alignment; 0: no decoder."""
 
+    def longest_span(self, length: int) -> int:
+        """Of a sequence of that length: a longer one would hide more than its share."""
+        return int(self.mask_ratio * length)
+
     def build(self) -> HiddenLoss:
         from edgewright.compress.hidden_terms import Had
 

@@ -87,13 +87,7 @@ class TopK:
         Raises:
             RecipeError: EW-780, the vocabulary has no k tokens.
         """
-        if not 1 <= k <= logits.shape[-1]:
-            raise RecipeError(
-                "EW-780",
-                "there are not so many tokens to keep",
-                expected=f"k of 1 to {logits.shape[-1]}",
-                found=f"k of {k}",
-            )
+        check_k(k, logits.shape[-1])
         log_probs, ids = F.log_softmax(logits / temperature, dim=-1).topk(k, dim=-1)
         return cls(
             ids=ids,
@@ -229,6 +223,13 @@ class TargetSource(ABC):
 
 FINITE_ROWS = 64
 """Rows that are looked at together."""
+
+
+def check_k(k: int, vocabulary: int, where: str | None = None) -> None:
+    """Refuse to keep more tokens than there are (EW-780)."""
+    if not 1 <= k <= vocabulary:
+        what, expected = "there are not so many tokens to keep", f"k of 1 to {vocabulary}"
+        raise RecipeError("EW-780", what, where=where, expected=expected, found=f"k of {k}")
 
 
 def finite_rows(targets: Targets, tokens: int) -> Tensor:

@@ -106,26 +106,24 @@ def check_starts(recipe: Recipe, stage: StageConfig) -> None:
 
 
 def check_lessons(stage: StageConfig, student: PreTrainedModel, left: Mapping[str, PreTrainedModel]) -> None:
-    """Refuse losses of hidden states for which a stage's student and teacher do not have the layers.
+    """Refuse losses for which a stage's student and teacher do not have the layers, or the tokens.
 
     Args:
         left: what earlier stages leave, as far as that is known.
 
     Raises:
-        RecipeError: EW-785, with the layers that there are.
+        RecipeError: EW-785, with the layers that there are; EW-780, k is above the teacher's vocabulary.
     """
     from edgewright.compress.distill import DistillConfig
 
     objective = stage.objective
-    if not isinstance(objective, DistillConfig) or not objective.looks_inside:
+    if not isinstance(objective, DistillConfig) or not objective.depends_on_shapes:
         return
-    teacher = objective.teacher
-    if isinstance(teacher, CheckpointStudentConfig):
-        found: PreTrainedModel | None = stored_architecture(teacher.model)
-    else:
-        found = left.get(teacher.stage) if isinstance(teacher, StageStudentConfig) else None
-    if found is not None:
-        objective.check_fit(student.config, found.config, f"stage {stage.name}: objective")
+    for teacher in stage.teachers:
+        known = teacher.type == "checkpoint" or teacher.stage in left
+        if known:
+            found = stored_architecture(teacher.model) if teacher.type == "checkpoint" else left[teacher.stage]
+            objective.check_fit(student.config, found.config, f"stage {stage.name}: objective")
 
 
 class KnownHidden(nn.Module):

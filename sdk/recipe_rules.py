@@ -65,6 +65,42 @@ def check_caches(recipe: Recipe) -> Iterator[Problem]:
             yield from _unusable(stage.objective, cache.targets.type, cache.temperature, ("stages", index, "objective"))
 
 
+def check_offers(recipe: Recipe) -> Iterator[Problem]:
+    """Losses that cannot use what the models of their stage's teacher give together (EW-781)."""
+    for index, stage in enumerate(recipe.stages):
+        if stage.type != "train" or stage.objective.type != "distill" or stage.objective.teacher.type == "cache":
+            continue
+        offered = stage.objective.offered
+        for number, loss in enumerate(stage.objective.losses or ()):
+            if loss.accepts and not set(loss.accepts) & set(offered):
+                crossed = "beside uld a teacher reads other tokens, of which the other losses know nothing: "
+                yield Problem(
+                    code="EW-781",
+                    what=f"{loss.function} cannot use what this teacher gives",
+                    path=("stages", index, "objective", "losses", number),
+                    expected=f"a teacher that gives {' or '.join(loss.accepts)}",
+                    found=" and ".join(offered),
+                    fix=(crossed if stage.objective.crosses_tokenizers else "") + "leave it out, or take another loss",
+                )
+
+
+def check_hidden_tokens(recipe: Recipe) -> Iterator[Problem]:
+    """Spans of hidden tokens that are longer than all that is to be hidden of a sequence (EW-113)."""
+    length = recipe.data.sequence_length
+    for index, stage in enumerate(recipe.stages):
+        if stage.type != "train" or stage.objective.type != "distill":
+            continue
+        for number, loss in enumerate(stage.objective.losses or ()):
+            if loss.function == "had" and loss.span > (most := loss.longest_span(length)):
+                yield Problem(
+                    code="EW-113",
+                    what=f"spans of {loss.span} tokens hide more than {loss.mask_ratio:g} of a sequence of {length}",
+                    path=("stages", index, "objective", "losses", number),
+                    expected=f"span: at most {most}" if most else "a longer sequence, or a higher mask_ratio",
+                    found=f"span: {loss.span}",
+                )
+
+
 def check_cache(stage: str, objective: DistillConfig, kind: str, temperature: float) -> None:
     """The same of a cache that is there already.
 

@@ -29,7 +29,7 @@ class BudgetConfig(BaseModel):
     @model_validator(mode="after")
     def _exactly_one(self) -> BudgetConfig:
         if (self.max_steps is None) == (self.max_tokens is None):
-            raise ValueError("give exactly one of max_steps and max_tokens")
+            raise ValueError("give exactly one of max_steps and max_tokens; an override of null takes the other away")
         return self
 
     def steps(self, tokens_per_step: int) -> int:

@@ -22,8 +22,9 @@ from edgewright.compress.distill import DistillConfig
 from edgewright.compress.hidden_losses import Projection, minilm, relation_loss, tinybert, weighted_mse
 from edgewright.compress.recording import Recorder, Wanted, projections
 from edgewright.compress.teacher import OnlineTeacher
-from edgewright.errors import RecipeError
+from edgewright.errors import RecipeError, RecipeErrors
 from edgewright.objective import BESIDE, ModelInputs, NextToken
+from edgewright.recipe import load_recipe
 from edgewright.student import hidden_states, recompute_blocks
 from edgewright.trainer import TrainingModule
 
@@ -230,9 +231,10 @@ def test_the_decoder_finds_hidden_tokens_by_both_sides() -> None:
         ({"function": "tinybert", "layers": [[0, 0], [1, 7]]}, {}, "EW-785", "layers.1, the teacher's.*from 0 to 2"),
         ({"function": "minilm", "teacher_layer": 5}, {}, "EW-785", "teacher_layer.*from 1 to 2"),
         ({"function": "minilm", "relation_heads": 5}, {}, "EW-785", r"relation_heads: 1 \| 2 \| 4 \| 8 \| 16"),
+        ({"function": "top_k", "k": 5000}, {}, "EW-780", r"losses.0.k: .*k of 1 to \d+\n"),
     ],
 )  # fmt: skip
-def test_layers_and_heads_that_do_not_exist_are_refused_with_those_that_do(
+def test_layers_heads_and_tokens_that_do_not_exist_are_refused_with_those_that_do(
     loss: dict[str, object], teacher: dict[str, int], code: str, found: str
 ) -> None:
     config = DistillConfig.model_validate({"teacher": TEACHER, "losses": [loss]})
@@ -299,6 +301,32 @@ def test_a_layer_that_does_not_exist_is_found_before_the_first_stage(taught: tup
     assert not list((tmp_path / "run").rglob("step-*"))
     report = edgewright.check(recipe, OTHERS[0], layers)
     assert [error.code for error in report.errors] == ["EW-785"]
+
+
+def test_more_tokens_than_the_teacher_has_are_found_before_the_first_stage(
+    taught: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe, _ = taught
+    many = "stages.student.objective.losses=[{function: top_k, k: 5000}]"
+    with pytest.raises(RecipeError, match="EW-780"):
+        edgewright.run(recipe, *WITHOUT, many, f"output_dir={tmp_path / 'run'}")
+    assert not list((tmp_path / "run").rglob("step-*"))
+    report = edgewright.check(recipe, *WITHOUT, many)
+    assert [error.code for error in report.errors] == ["EW-780"]
+
+
+def test_spans_that_hide_more_than_their_share_are_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, ternary=True)
+
+    def load(span: int) -> None:
+        hidden = f"stages.student.objective.losses=[{{function: had, span: {span}, mask_ratio: 0.3}}]"
+        load_recipe(recipe, [*WITHOUT, hidden, "data.sequence_length=64"])
+
+    load(19)
+    for span in (20, 4000):
+        with pytest.raises(RecipeErrors, match="at most 19") as raised:
+            load(span)
+        assert [error.code for error in raised.value.errors] == ["EW-113"]
 
 
 @pytest.mark.slow  # two plans, each of which simulates alternatives

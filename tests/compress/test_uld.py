@@ -16,7 +16,7 @@ from edgewright.compress.losses import uld
 from edgewright.compress.teacher import OnlineTeacher
 from edgewright.compress.uld import uld_rows
 from edgewright.data.tokenizer import Encoder, load_encoder
-from edgewright.errors import RecipeError
+from edgewright.errors import RecipeError, RecipeErrors
 from edgewright.objective import ModelInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sdk"))
@@ -164,5 +164,21 @@ def test_other_losses_than_uld_are_refused_for_other_tokens(two_tokenizers: tupl
     recipe, teacher = two_tokenizers
     with pytest.raises(RecipeError, match="EW-130"):
         edgewright.run(recipe, losses(teacher, "forward_kl"), f"output_dir={tmp_path / 'one'}")
-    with pytest.raises(RecipeError, match="EW-781"):
-        edgewright.run(recipe, losses(teacher, "uld", "forward_kl"), f"output_dir={tmp_path / 'two'}")
+    for other in ("forward_kl", "minilm"):
+        with pytest.raises(RecipeErrors) as raised:
+            edgewright.check(recipe, losses(teacher, "uld", other))
+        assert [error.code for error in raised.value.errors] == ["EW-781"]
+        assert f"{other} cannot use" in raised.value.message()
+
+
+def test_the_mean_of_several_models_has_to_be_of_the_tokens_of_the_data(
+    two_tokenizers: tuple[Path, Path],
+) -> None:
+    recipe, teacher = two_tokenizers
+    one = f"{{type: checkpoint, model: {teacher}}}"
+    several = losses(teacher, "uld", "cross_entropy").replace(one, f"{{type: ensemble, members: [{one}, {one}]}}")
+    report = edgewright.check(recipe, several)
+    assert {error.code for error in report.errors} == {"EW-130"}
+    with pytest.raises(RecipeErrors) as raised:
+        edgewright.check(recipe, several.replace("cross_entropy", "minilm"))
+    assert [error.code for error in raised.value.errors] == ["EW-781"]
