@@ -132,8 +132,7 @@ class CachedTargets(TargetSource):
         Raises:
             BadInput: EW-791, naming the first piece that is missing, cut off or of another cache.
         """
-        for number in range(self.manifest["pieces"]):
-            Piece(piece_path(self.folder, number), self.manifest["fingerprint"])
+        check_pieces(self.folder, self.manifest)
 
     def _piece(self, number: int) -> Piece:
         piece = self._pieces.pop(number, None)
@@ -255,6 +254,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] == FORMAT and manifest["layout"]["kind"] in SOURCES:
+            _check_manifest(manifest)
             return manifest
         found = f"format {manifest['format']}"
     except OSError:
@@ -269,6 +269,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found=found,
         fix="run the recipe with the cache stage (again): it goes on where it stopped",
     )
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Whether all is there that is asked of a manifest; else KeyError, TypeError or ValueError."""
+    Layout(**manifest["layout"]), CacheKey(**manifest["key"])
+    float(manifest["made"]["temperature"]), str(manifest["fingerprint"])
+    if any(
+        type(manifest[name]) is not int or manifest[name] < 1 for name in ("pieces", "piece_sequences", "sequences")
+    ):
+        raise ValueError("counts are whole numbers above 0")
+
+
+def check_pieces(folder: Path, manifest: dict[str, Any]) -> None:
+    """Look at every piece's header and size.
+
+    Raises:
+        BadInput: EW-791, naming the first piece that is missing, cut off or of another cache.
+    """
+    for number in range(manifest["pieces"]):
+        Piece(piece_path(folder, number), manifest["fingerprint"])
 
 
 def check_made_of(folder: Path, manifest: dict[str, Any], key: CacheKey) -> None:
@@ -294,9 +314,10 @@ def check_caches_made_of(recipe: Recipe, corpus: Corpus) -> None:
     """Refuse caches of other runs that were made of other data, before the first stage.
 
     Raises:
-        BadInput: EW-793. RecipeError: EW-794.
+        BadInput: EW-791, EW-793. RecipeError: EW-794.
     """
     for stage in recipe.trainings:
         teacher = stage.teacher
         if isinstance(teacher, CachedTeacherConfig) and teacher.path is not None:
-            open_cache(teacher.path, CacheKey.of(recipe.data, corpus))
+            source = open_cache(teacher.path, CacheKey.of(recipe.data, corpus))
+            check_pieces(source.folder, source.manifest)

@@ -19,8 +19,8 @@ class PromptFilesConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["files"] = "files"
-    files: Annotated[tuple[Pattern, ...], Field(min_length=1)]
-    """Patterns, as in `data`."""
+    files: Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
+    """One pattern or several, as in `data`."""
     text_key: str = "prompt"
     """Key of the prompt in .jsonl files."""
     separator: str = Field(default="\n", min_length=1)

@@ -46,24 +46,44 @@ def read_prompts(stage: GenerateStageConfig, recipe: Recipe, corpus: Corpus, enc
     else:
         prompts = list(from_files(wanted, encoder))
     if not prompts:
-        raise BadInput(
-            "EW-606",
-            "there is no prompt to continue",
-            where=f"stages.{stage.name}.prompts",
-            expected="text that is not blank" if isinstance(wanted, PromptFilesConfig) else "longer documents",
-            found="none",
-            fix="give other files" if isinstance(wanted, PromptFilesConfig) else "lower prompts.tokens",
-        )
+        raise no_prompt(stage)
     return prompts
+
+
+def no_prompt(stage: GenerateStageConfig) -> BadInput:
+    """EW-606."""
+    files = isinstance(stage.prompts, PromptFilesConfig)
+    return BadInput(
+        "EW-606",
+        "there is no prompt to continue",
+        where=f"stages.{stage.name}.prompts",
+        expected="text that is not blank" if files else "longer documents",
+        found="none",
+        fix="give other files" if files else "lower prompts.tokens",
+    )
+
+
+def check_prompts(stage: GenerateStageConfig) -> None:
+    """Whether files of prompts have one, which is known without the corpus.
+
+    Raises:
+        BadInput: EW-606, there is none; EW-2xx, a file cannot be read.
+    """
+    if isinstance(stage.prompts, PromptFilesConfig) and next(texts_of(stage.prompts), None) is None:
+        raise no_prompt(stage)
+
+
+def texts_of(wanted: PromptFilesConfig) -> Iterator[tuple[str, str]]:
+    """The documents of the files, long ones in pieces, each with its name."""
+    from edgewright.data import FilesData, iterate_documents
+
+    return iterate_documents(FilesData(files=wanted.files, text_key=wanted.text_key, separator=wanted.separator))
 
 
 def from_files(wanted: PromptFilesConfig, encoder: Encoder) -> Iterator[Prompt]:
     """Every text of the files once; those that came before and blank ones are left out, as in any corpus."""
-    from edgewright.data import FilesData, iterate_documents
-
-    data = FilesData(files=wanted.files, text_key=wanted.text_key, separator=wanted.separator)
     texts: dict[str, str] = {}
-    for name, piece in iterate_documents(data):
+    for name, piece in texts_of(wanted):
         texts[name] = texts.get(name, "") + piece
     for (name, _), ids in zip(texts.items(), encoder.encode(list(texts.values())), strict=True):
         yield Prompt(name, [encoder.start_id, *ids.tolist()])

@@ -16,7 +16,7 @@ from edgewright._verbs import VerbModule
 from edgewright.compress.choice import LayerChoice
 from edgewright.continuation import start_notes
 from edgewright.derived import DerivedStudentConfig, source_of
-from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
+from edgewright.errors import EdgewrightError, OutOfResources, RecipeError, RecipeErrors
 from edgewright.exactness import count_parameters, held_by, not_held, not_rounded, on_no_lattice, trained_lattices
 from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 
@@ -158,8 +158,10 @@ class _Checker:
             for number, line in enumerate(look()):
                 self.checks.append(Check(what=what, status="note" if number else "ok", found=line))
         except EdgewrightError as error:
-            self.checks.append(Check(what=what, status="failed", found=error.what))
-            self.errors.append(error)
+            found = error.errors if isinstance(error, RecipeErrors) else [error]
+            self.checks.append(Check(what=what, status="failed", found="; ".join(one.what for one in found)))
+            known = {one.message() for one in self.errors}  # each is said once, however many looks meet it
+            self.errors += [one for one in found if one.message() not in known]
 
     def _corpus(self) -> Iterator[str]:
         from edgewright.data import HfData, iterate_documents
@@ -252,9 +254,12 @@ class _Checker:
     def _making(self, stage: CacheStageConfig | GenerateStageConfig) -> Iterator[str]:
         """A stage that trains nothing: whether its teachers speak the data's tokens, and what it will make."""
         from edgewright.compress.cache_stage import layout_of
+        from edgewright.compress.prompts import check_prompts
         from edgewright.compress.teacher_notes import vocabulary_of
 
         yield f"{stage.type}, {len(stage.teachers)} teacher{'s' if len(stage.teachers) > 1 else ''}"
+        if stage.type == "generate":
+            check_prompts(stage)
         sound = [
             config.model for config in stage.teachers if config.type == "checkpoint" and config.model in self.sound
         ]
@@ -267,14 +272,15 @@ class _Checker:
         """Whether a cache that another run made is there, and of use to the losses; the run compares the data.
 
         Raises:
-            BadInput: EW-793. RecipeError: EW-781, EW-797.
+            BadInput: EW-791, EW-793. RecipeError: EW-781, EW-797.
         """
         objective = stage.objective
         if objective.type == "distill" and objective.teacher.type == "cache" and objective.teacher.path is not None:
-            from edgewright.compress.cache import read_manifest
+            from edgewright.compress.cache import check_pieces, read_manifest
             from edgewright.recipe_rules import check_cache
 
             manifest = read_manifest(objective.teacher.path)
+            check_pieces(objective.teacher.path, manifest)
             check_cache(stage.name, objective, manifest["layout"]["kind"], manifest["made"]["temperature"])
 
     def _heads(self, stage: StageConfig) -> None:
@@ -288,7 +294,7 @@ class _Checker:
     def _preview(self, stage: StageConfig) -> Preview | None:
         """What its methods would get; None when what it starts from cannot be opened.
 
-        Without any method or loss of hidden states, and with AdamW, there is nothing to see, and torch is not imported.
+        Without methods and losses that ask for layers or tokens, and with AdamW, torch is not imported.
         """
         if not any(self._says_more(other) for other in self.recipe.trainings):
             return None
@@ -307,7 +313,7 @@ class _Checker:
 
     def _says_more(self, stage: StageConfig) -> bool:
         """Whether there is more to see of a stage than its numbers."""
-        inside = stage.objective.type == "distill" and stage.objective.looks_inside
+        inside = stage.objective.type == "distill" and stage.objective.depends_on_shapes
         made = isinstance(stage.student, DerivedStudentConfig)
         cut = any(export.size for export in self.recipe.exports if export.model == stage.name)
         return bool(stage.methods) or stage.optimizer.chooses or inside or made or cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -270,6 +271,20 @@ def test_a_half_written_cache_says_how_far_it_is(finished, tmp_path) -> None:
     with pytest.raises(BadInput) as raised:
         open_cache(run / "stages/said/cache", key)
     assert raised.value.code == "EW-793" and "pieces and no cache.json" in raised.value.found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"fingerprint": None}, {"pieces": None}, {"pieces": "1"}, {"sequences": 0}, {"made": {}}, {"layout": []}],
+)
+def test_a_damaged_manifest_is_said_to_be_one(finished, tmp_path, change) -> None:
+    run = copied(finished["sampled"], tmp_path)
+    path = run / "stages/said/cache/cache.json"
+    manifest = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
+    with pytest.raises(BadInput) as raised:
+        read_manifest(path.parent)
+    assert raised.value.code == "EW-793" and raised.value.found == "a damaged file"
 
 
 def test_k_above_the_vocabulary_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_another_run_uses_the_cache_and_one_of_other_text_is_refused(finished, t
     recipe.write_text(text)
     edgewright.run(recipe, f"output_dir={tmp_path / 'one'}", say=lambda line: None)
     assert curve(tmp_path / "one", "student") == curve(finished, "student")
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    piece = sorted(broken.glob("*.targets"))[-1]
+    piece.write_bytes(piece.read_bytes()[:-1])
+    report = edgewright.check(recipe, f"stages.student.objective.teacher.path={broken}")
+    assert [error.code for error in report.errors] == ["EW-791"] and piece.name in report.errors[0].message()
     (tmp_path / "corpus/bisect.py").write_text("x = 1\n" * 400)
     with pytest.raises(RecipeError) as raised:
         edgewright.run(recipe, f"output_dir={tmp_path / 'two'}", say=lambda line: None)

@@ -220,6 +220,16 @@ def test_recipes_that_cannot_be(tmp_path: Path) -> None:
     assert raised.value.code == "EW-612"
 
 
+def test_files_without_a_prompt_are_found_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, prompts="{type: files, files: prompts.txt}")
+    assert edgewright.check(recipe).ok
+    (tmp_path / "prompts.txt").write_text("\n  \n")
+    report = edgewright.check(recipe)
+    assert [error.code for error in report.errors] == ["EW-606"]
+    (tmp_path / "prompts.txt").unlink()
+    assert [error.code for error in edgewright.check(recipe).errors] == ["EW-203"]
+
+
 def batches(count: int, offset: int, seed: int = 3) -> Batches:
     tokens = (np.arange(count * 8 + 1) + offset).astype(np.uint32)
     return Batches(TokenStream(tokens, 1, 1), sequence_length=8, seed=seed, start_id=0, eos_id=0)

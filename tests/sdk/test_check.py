@@ -166,6 +166,20 @@ def test_models_are_guarded(folder: Path) -> None:
     assert report.parameters == {}
 
 
+def test_a_fault_that_two_looks_meet_is_one_error(folder: Path) -> None:
+    lessons = "objective={type: distill, teacher: {type: checkpoint, model: none}, losses: [{function: minilm}]}"
+    report = look(folder, f"stages.small.{lessons}", PRESET)
+    assert codes(report) == ["EW-310"]
+    assert sum(check.status == "failed" for check in report.checks) == 2
+
+
+def test_several_faults_of_one_stage_are_counted_each(folder: Path) -> None:
+    grown = "{type: grown, source: {type: stage, stage: small}, hidden_size: 64, num_hidden_layers: 1}"
+    report = look(folder, PRESET, PLAIN, f"stages.again.student={grown}")
+    assert codes(report) == ["EW-763", "EW-763"]
+    assert [check.found.count("EW-") for check in report.checks if check.status == "failed"] == [0]
+
+
 def test_every_fault_is_listed(folder: Path) -> None:
     (folder / "text.txt").unlink()
     (folder / "model/tokenizer.json").unlink()
