@@ -40,7 +40,8 @@ class GatedModel:
             "query": (blocks * pairs, shape.group, wanted.group),
             "ffn": (blocks, shape.intermediate_size, wanted.intermediate_size),
         }
-        gates = {kind: Gates(*size).to(model.device) for kind, size in sizes.items() if size[2] < size[1]}
+        with model.device:
+            gates = {kind: Gates(*size) for kind, size in sizes.items() if size[2] < size[1]}
         gated = cls(gates, shape)
         base: Any = model.base_model
         base.add_module("gates", nn.ModuleDict(gates))
