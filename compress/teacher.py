@@ -6,6 +6,7 @@ disk: `compress/cache.py`. Neither keeps a cache of keys and values, has gradien
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 
 PACKED_BITS = {"int8": 8, "nf4": 4}
 """Widths that bitsandbytes holds linear layers in."""
+
+
+def casts_are_known(record: logging.LogRecord) -> bool:
+    """A filter: bitsandbytes says at every product in int8 that it casts its inputs, which is how that works."""
+    return "inputs will be cast from" not in str(record.msg)
 
 
 class OnlineTeacher(TargetSource):
@@ -190,6 +196,7 @@ def pack_linears(model: PreTrainedModel, weights: TeacherWeights, device: torch.
     with importing_bitsandbytes():
         import bitsandbytes as bnb
 
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(casts_are_known)
     for name, linear in packable(model, model.get_output_embeddings()):
         shape, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
         dtype = linear.weight.dtype

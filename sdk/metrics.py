@@ -115,7 +115,8 @@ class Metrics:
     def event(self, event: str, **fields: object) -> None:
         """Something that happened: a roll-back, a resume, a signal."""
         self._append({"event": event, **fields, "time": round(time.time(), 3)})
-        self.say(f"{self.name}: {event} " + " ".join(f"{key}={value}" for key, value in fields.items()))
+        shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in fields.items()}
+        self.say(f"{self.name}: {event} " + " ".join(f"{key}={value}" for key, value in shown.items()))
 
     def saved(self, state: TrainState, path: Path) -> None:
         """A checkpoint was written."""
