@@ -34,9 +34,6 @@ class AdamW8bitConfig(OptimizerConfigBase):
         Raises:
             RecipeError: EW-748, a parameter is of a type that the kernels do not know.
         """
-        from edgewright.optim.storage import blockwise
-
-        blockwise()
         from edgewright.optim.blockwise_adamw import AdamW8bit
 
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes.optim
 import torch
 from torch import Tensor
 
 from edgewright.errors import RecipeError
+from edgewright.imports import importing_bitsandbytes
 from edgewright.optim.projected import Params
 from edgewright.optim.state import ResettableOptimizer
 from edgewright.optim.storage import Int8Storage, code_book
+
+with importing_bitsandbytes():
+    import bitsandbytes.optim
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels update."""
