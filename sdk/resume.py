@@ -96,7 +96,9 @@ def _portable(value: Any) -> Any:
         if value.get("type") == "cache" and value.get("path"):
             return {**value, "path": read_manifest(Path(value["path"]))["fingerprint"]}
         if value.get("type") == "files" and "files" in value:
-            return {**value, "files": [sha256_file(path) for _, path in find(tuple(value["files"]))]}
+            patterns = value["files"]
+            found = find((patterns,) if isinstance(patterns, str) else tuple(patterns))
+            return {**value, "files": [sha256_file(path) for _, path in found]}
         return {key: _portable(inner) for key, inner in value.items()}
     return value
 

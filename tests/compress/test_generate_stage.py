@@ -189,8 +189,11 @@ def test_a_damaged_piece_is_written_again(finished, tmp_path) -> None:
     assert (corpus / "train.bin").read_bytes() == before
 
 
-@pytest.mark.parametrize("prompts", ["{type: corpus, prompts: 5, tokens: 6}", "{type: none, documents: 7}"])
-def test_prompts_from_the_text_or_none(tmp_path: Path, prompts: str) -> None:
+@pytest.mark.parametrize(
+    "prompts",
+    ["{type: corpus, prompts: 5, tokens: 6}", "{type: none, documents: 7}", "{type: files, files: prompts.txt}"],
+)
+def test_prompts_from_the_text_or_one_file_or_none(tmp_path: Path, prompts: str) -> None:
     ensemble = "{type: ensemble, members: [{type: stage, stage: base}, {type: stage, stage: base, weights: bf16}]}"
     directory, _ = run(
         tmp_path, "stages.written.temperatures=[1.0]", "stages.written.samples=1", prompts=prompts, teacher=ensemble
