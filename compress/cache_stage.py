@@ -190,7 +190,8 @@ class _Cache:
                 assert inputs.sequences is not None
                 place = begin + int((~logits.isfinite()).any(-1).nonzero()[0])
                 row, position = divmod(place, inputs.input_ids.shape[1])
-                raise not_finite(self.work.recipe, self.work.corpus, inputs.sequences[row], position)
+                sequence = inputs.sequences[row]
+                raise not_finite(self.work.recipe, self.work.corpus, self.batches, sequence, position)
             if self.layout.kind == "top_k":
                 yield encode_top_k(TopK.of(logits, self.layout.most, temperature=temperature), self.layout)
             else:

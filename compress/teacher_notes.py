@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgewright.errors import BadInput
 from edgewright.files import sha256_file
 
 if TYPE_CHECKING:
     from edgewright.compress.teacher_config import ModelTeacherConfig
-    from edgewright.data import Corpus
+    from edgewright.data import Batches, Corpus
     from edgewright.recipe import Recipe
     from edgewright.stage_work import StageWork
 
@@ -61,30 +59,29 @@ def smallest_vocabulary(teachers: Sequence[ModelTeacherConfig], earlier: Mapping
     return min(vocabulary_of(teacher.directory(earlier)) for teacher in teachers)
 
 
-def not_finite(recipe: Recipe, corpus: Corpus, sequence: int, position: int) -> BadInput:
+def not_finite(recipe: Recipe, corpus: Corpus, batches: Batches, sequence: int, position: int) -> BadInput:
     """EW-783: what a teacher says of a token of the training text is NaN or infinity."""
-    token = sequence * recipe.data.sequence_length + position
+    number, token = batches.document_at(sequence, position)
+    name = document_name(recipe, corpus, number)
     return BadInput(
         "EW-783",
         "what the teacher says is not finite",
-        where=f"document {document_at(recipe, corpus, token)}",
+        where=f"document {name}" if name else f"document {number:,} of the training text, its token {token:,}",
         expected="finite numbers for every token",
         found=f"NaN or infinity for token {position} of sequence {sequence} of the training text",
         fix="look at that text; hold the teacher in wider numbers (weights: fp32), or take another one",
     )
 
 
-def document_at(recipe: Recipe, corpus: Corpus, token: int) -> str | None:
-    """The name of the training document that a token of the stream belongs to; None where it is not in the text."""
+def document_name(recipe: Recipe, corpus: Corpus, number: int) -> str | None:
+    """The name of a training document by its number, from 1; None where some were dropped after they had been read,
+    as examples that are too long are: names and numbers do not go together then."""
     from edgewright.data import iterate_documents
 
-    if token >= len(corpus.train):
-        return None
-    number = int(np.count_nonzero(corpus.train.tokens[: token + 1] == corpus.start_id)) - 1
-    seen, last = -1, None
+    seen, last, found = 0, None, None
     for name, _ in iterate_documents(recipe.data, split="train", rule=corpus.split):
         seen += name != last
         last = name
-        if seen == max(number, 0):
-            return name
-    return None
+        if seen == number and found is None:
+            found = name
+    return found if seen == corpus.train.documents else None

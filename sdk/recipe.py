@@ -50,7 +50,14 @@ from edgewright.optim.q_galore_config import QGaLoreConfig
 from edgewright.overrides import apply_overrides
 from edgewright.paths import Name
 from edgewright.recipe_errors import problems, untagged
-from edgewright.recipe_rules import check_caches, check_factors, check_hidden_tokens, check_offers, check_rules
+from edgewright.recipe_rules import (
+    check_caches,
+    check_factors,
+    check_hidden_tokens,
+    check_offers,
+    check_rules,
+    check_written,
+)
 from edgewright.schedule import CosineConfig, ScheduleConfig
 from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
 from edgewright.training import BudgetConfig, TrainingConfig
@@ -313,7 +320,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except ValidationError as error:
         found += problems(error, Recipe, tree)
     if recipe is not None and not found:
-        for rule in (check_factors, check_caches, check_offers, check_hidden_tokens):
+        for rule in (check_factors, check_caches, check_offers, check_hidden_tokens, check_written):
             found += rule(recipe)
     if found or recipe is None:
         raise RecipeErrors(_positioned(path, document, origins, found))

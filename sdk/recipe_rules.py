@@ -101,6 +101,21 @@ def check_hidden_tokens(recipe: Recipe) -> Iterator[Problem]:
                 )
 
 
+def check_written(recipe: Recipe) -> Iterator[Problem]:
+    """Stages that write running text for data of examples (EW-798): its prompts would be learned like answers."""
+    for index, stage in enumerate(recipe.stages):
+        if stage.type == "generate" and not recipe.data.layout.running_text:
+            yield Problem(
+                code="EW-798",
+                what=f"stage {stage.name} would write running text, and the data are examples",
+                path=("stages", index, "type"),
+                expected="data of running text",
+                found=f"data of the type {recipe.data.type}",
+                fix="leave the stage out, or write in a recipe with data: {type: files}; "
+                "with examples a teacher is learned from by objective: {type: distill}, live or from a cache",
+            )
+
+
 def check_cache(stage: str, objective: DistillConfig, kind: str, temperature: float) -> None:
     """The same of a cache that is there already.
 

@@ -109,6 +109,8 @@ class ExampleWriter(StreamWriter):
 class ExampleLayout(Layout):
     """Whole examples, which are packed into sequences when they are read."""
 
+    running_text = False
+
     def writer(self, directory: Path, side: Side, encoder: Encoder) -> StreamWriter:
         return ExampleWriter(directory, side, encoder)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from edgewright.data.shards import StreamWriter, TokenStream
 from edgewright.data.split import Side, Split
@@ -31,6 +31,9 @@ class Encoding:
 
 class Layout(ABC):
     """One way; without state."""
+
+    running_text: ClassVar[bool]
+    """Whether a sequence may begin and end anywhere, and every token is learned."""
 
     @abstractmethod
     def writer(self, directory: Path, side: Side, encoder: Encoder) -> StreamWriter:

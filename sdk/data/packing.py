@@ -53,6 +53,14 @@ class PackedBatches(Batches):
         packed = f"{self.stream.documents:,} examples in {len(self.packed):,} sequences, {self.fill:.0%} full"
         return f"{packed}; {share:.0%} of the tokens are learned"
 
+    def document_at(self, sequence: int, position: int) -> tuple[int, int]:
+        """The example that a position is in, the last one where it is padding, and which of its tokens; from 1."""
+        examples = self.packed[sequence]
+        ends = np.cumsum(np.diff(self._starts)[examples] - 1)
+        number = min(int(np.searchsorted(ends, position, side="right")), len(examples) - 1)
+        begin = int(ends[number - 1]) if number else 0
+        return examples[number] + 1, position - begin + 1
+
     def rows(self, indices: list[int]) -> Batch:
         shape = (len(indices), self.sequence_length)
         inputs = np.full(shape, self.eos_id, np.int64)

@@ -22,6 +22,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 class TextLayout(Layout):
     """Documents with tokens at their borders."""
 
+    running_text = True
+
     def writer(self, directory: Path, side: Side, encoder: Encoder) -> StreamWriter:
         path = directory / f"{side}.bin"
         return StreamWriter(path, dtype=encoder.dtype, start_id=encoder.start_id, eos_id=encoder.eos_id)
