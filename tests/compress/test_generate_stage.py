@@ -15,8 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import edgewright
 from edgewright.compress.continuation import continue_prompts
 from edgewright.compress.generate import open_generated
-from edgewright.data import Batches, MixedBatches, TokenStream, iterate_documents
+from edgewright.compress.generate_config import GenerateStageConfig
+from edgewright.compress.prompts import read_prompts
+from edgewright.data import Batches, MixedBatches, TokenStream, iterate_documents, prepare_data
+from edgewright.data.tokenizer import load_encoder
 from edgewright.errors import BadInput, RecipeErrors
+from edgewright.recipe import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sdk"))
 from tiny_run import curve, write_recipe  # noqa: E402
@@ -135,6 +139,30 @@ def test_the_corpus_has_every_prompt_and_no_document_twice(finished) -> None:
     assert report["asked"] == 4 * (1 + 3)
     assert report["kept"] + report["duplicates"] + report["empty"] == report["asked"]
     assert any(f"{report['kept']} documents of 16" in line for line in said)
+
+
+def test_a_document_that_came_before_is_dropped_and_counted(tmp_path: Path) -> None:
+    """Files with one and the same head: greedy after it, each alone in its batch, a teacher writes the same again."""
+    recipe = recipe_in(tmp_path, prompts="{type: corpus, prompts: 100, tokens: 6}")
+    for number in range(8):
+        (tmp_path / f"corpus/same{number}.py").write_text(f"def one_head_of_many_files(a, b):\n    return {number}\n")
+    settings = ["temperatures=[0]", "max_new_tokens=6", "per_device_batch_size=1"]
+    changes = [f"stages.written.{setting}" for setting in settings]
+    edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", *changes, say=lambda line: None)
+    corpus = tmp_path / "run/stages/written/corpus"
+    loaded = load_recipe(recipe, changes)
+    stage = loaded.stages[1]
+    assert isinstance(stage, GenerateStageConfig)
+    prepared = prepare_data(loaded.data, tmp_path / "run/data", say=lambda line: None)
+    asked = read_prompts(stage, loaded, prepared, load_encoder(prepared.tokenizer_dir))
+    heads = Counter(tuple(prompt.ids[1:]) for prompt in asked)
+    assert max(heads.values()) >= 3, "prompts that are the same"
+    found = documents(corpus)
+    assert Counter(tuple(document["ids"][:6]) for document in found) == Counter(heads.keys())
+    report = json.loads((corpus / "index.json").read_text())["report"]
+    assert report["asked"] == len(asked) and report["empty"] == 0
+    assert report["duplicates"] == len(asked) - len(heads) and report["kept"] == len(heads)
+    assert open_generated(corpus).documents == len(heads)
 
 
 def test_packed_tokens_are_the_documents(finished) -> None:
