@@ -44,6 +44,7 @@ def continue_prompts(
     prompts: Sequence[Sequence[int]],
     temperatures: Sequence[float],
     *,
+    names: Sequence[str],
     max_new_tokens: int,
     eos_id: int,
     vocab_size: int,
@@ -55,6 +56,7 @@ def continue_prompts(
     Args:
         prompts: B lists of ids, the start token first; none is empty.
         temperatures: of each prompt, 0: greedy.
+        names: of each prompt, for errors.
         eos_id: ends a continuation; vocab_size: ids from it on are never written.
         generator: on the models' device.
 
@@ -62,7 +64,7 @@ def continue_prompts(
         What was added to each, without the end token.
 
     Raises:
-        BadInput: EW-783, a model says NaN or infinity.
+        BadInput: EW-783, a model says NaN or infinity after one of them.
     """
     device = generator.device
     longest = max(map(len, prompts))
@@ -76,9 +78,9 @@ def continue_prompts(
     readers = [_Reader(model, dtype) for model in models]
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
+    for number in range(max_new_tokens):
         logits = sum_of([reader.next_logits(ids, mask, positions)[:, :vocab_size] for reader in readers])
-        _check_finite(logits[open_rows])
+        _check_finite(logits, open_rows, names, number)
         chosen = _choose(logits, heat, generator)
         open_rows &= chosen != eos_id
         for row in open_rows.nonzero()[:, 0].tolist():
@@ -106,13 +108,17 @@ def _choose(logits: Tensor, heat: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(heat[:, 0] > 0, drawn, logits.argmax(-1))
 
 
-def _check_finite(logits: Tensor) -> None:
-    if bool(logits.isfinite().all()):
+def _check_finite(logits: Tensor, open_rows: Tensor, names: Sequence[str], number: int) -> None:
+    """Refuse logits [B, V] that are not finite where a row is still written on, with the first prompt of which that is
+    so and how many tokens were written after it."""
+    bad = (open_rows & ~logits.isfinite().all(-1)).nonzero()
+    if not len(bad):
         return
     raise BadInput(
         "EW-783",
         "the teacher's logits are not finite",
+        where=f"prompt {names[int(bad[0])]}",
         expected="finite numbers for every token",
-        found="NaN or infinity while it continued a prompt",
-        fix="hold the teacher in wider numbers (weights: fp32), or take another one",
+        found=f"NaN or infinity for new token {number + 1} after this prompt",
+        fix="look at that prompt; hold the teacher in wider numbers (weights: fp32), or take another one",
     )

@@ -184,6 +184,7 @@ class _Writing:
                 models,
                 [task.prompt.ids for task in batch],
                 [task.temperature for task in batch],
+                names=[task.prompt.name for task in batch],
                 max_new_tokens=self.stage.max_new_tokens,
                 eos_id=self.encoder.eos_id,
                 vocab_size=vocabulary,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from overflow import overflow_at
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgewright
@@ -21,6 +23,7 @@ from edgewright.data import Batches, MixedBatches, TokenStream, iterate_document
 from edgewright.data.tokenizer import load_encoder
 from edgewright.errors import BadInput, RecipeErrors
 from edgewright.recipe import load_recipe
+from edgewright.student import load_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sdk"))
 from tiny_run import curve, write_recipe  # noqa: E402
@@ -54,6 +57,7 @@ def tiny(seed: int = 0) -> PreTrainedModel:
 
 def written(models: list[PreTrainedModel], prompts: list[list[int]], temperatures: list[float], seed: int = 0, **more):
     settings = {"max_new_tokens": 9, "eos_id": 0, "vocab_size": 40, "dtype": torch.float32} | more
+    settings["names"] = [f"number {number}" for number in range(len(prompts))]
     return continue_prompts(models, prompts, temperatures, generator=torch.Generator().manual_seed(seed), **settings)
 
 
@@ -95,12 +99,40 @@ def test_an_ensemble_writes_by_the_mean_of_its_logits() -> None:
 
 
 def test_a_model_that_says_nan_is_refused() -> None:
+    """The first of the prompts after which it does is named, and where in its continuation."""
     model = tiny()
     with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
+        model.model.embed_tokens.weight[7] = float("nan")
     with pytest.raises(BadInput) as raised:
-        written([model], [[0, 5]], [1.0])
-    assert raised.value.code == "EW-783"
+        written([model], [[0, 5], [0, 3, 7, 4], [0, 7]], [0.0] * 3)
+    assert raised.value.code == "EW-783" and raised.value.where == "prompt number 1"
+    assert "new token 1 " in raised.value.found
+    (clean,) = written([tiny()], [[0, 5]], [0.0])
+    assert 7 not in clean
+    with torch.no_grad():
+        model.model.embed_tokens.weight[clean[2]] = float("nan")
+    with pytest.raises(BadInput) as raised:
+        written([model], [[0, 5]], [0.0])
+    assert raised.value.where == "prompt number 0"
+    assert f"new token {2 + clean.index(clean[2])} " in raised.value.found
+
+
+def test_a_stage_names_the_prompt_after_which_its_teacher_says_nan(finished, tmp_path) -> None:
+    run = shutil.copytree(finished[0].parent, tmp_path, dirs_exist_ok=True) / "run"
+    before = documents(run / "stages/written/corpus")
+    (name,) = {document["prompt"] for document in before if document["text"].startswith("class A")}
+    shutil.rmtree(run / "stages/written")
+    shutil.rmtree(run / "stages/student")
+    encoder = load_encoder(run / "data/tokenizer")
+    first, second = (ids.tolist() for ids in encoder.encode(["import os", "class A"]))
+    assert second[-1] not in first
+    model = load_model(run / "stages/base/model")
+    overflow_at(model, second[-1])
+    model.save_pretrained(run / "stages/base/model")
+    with pytest.raises(BadInput) as raised:
+        edgewright.run(tmp_path / "tiny.yaml", f"output_dir={run}", "evaluate=null", say=lambda line: None)
+    assert raised.value.code == "EW-783" and raised.value.where == f"prompt {name}"
+    assert "new token 1 " in raised.value.found
 
 
 def recipe_in(folder: Path, prompts: str = FILES, teacher: str = "{type: stage, stage: base}") -> Path:
