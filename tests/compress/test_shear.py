@@ -211,7 +211,8 @@ def test_a_run_shears_and_a_later_stage_goes_on_and_a_stop_changes_nothing(tmp_p
     for stage in ("base", "small"):
         config = json.loads((tmp_path / f"whole/stages/{stage}/model/config.json").read_text())
         assert (config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]) == (32, 32, 2)
-    assert (tmp_path / "whole/plan.json").is_file()  # gates can be made without memory
+    planned = json.loads((tmp_path / "whole/plan.json").read_text())
+    assert "problem" not in planned and planned["stages"]  # gates can be made without memory
     results = json.loads((tmp_path / "whole/results.json").read_text())["stages"][0]["methods"]["shear"]
     assert results["kept"] < 0.5 and {"hidden_open", "ffn_open", "block_open"} <= results.keys()
     original, calls = Batches.batch, []
