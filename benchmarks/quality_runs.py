@@ -392,7 +392,7 @@ ROWS = (
         )
         for name, what, factors in (
             ("apollo-mini", "dense, APOLLO-Mini", ()),
-            ("gradnorm-lorp", "dense, GradNormLoRP", (10.0,)),
+            ("gradnorm-lorp", "dense, GradNormLoRP", ()),
             ("galore", "dense, GaLore", (10.0,)),
             ("fira", "dense, Fira", (10.0,)),
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
+from edgewright.export.runtimes.huge_pages import use_huge_pages
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 
 _FIRST_CAPACITY = 128
@@ -54,6 +55,7 @@ class GenaiSession(Session):
             self._model: Any = og.Model(config)
         except RuntimeError as error:
             raise _cannot_open(path, error) from error
+        use_huge_pages()
         self._generator: Any = None
         self._capacity = 0
         self._tokens: list[int] = []

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
+from edgewright.export.runtimes.huge_pages import use_huge_pages
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
 from edgewright.export.source import open_tokenizer, special_ids
 
@@ -35,6 +36,7 @@ class OnnxSession(Session):
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
         self.path = path
         self._session: Any = _open(path, threads)
+        use_huge_pages()
         self._cache_shapes = _cache_shapes(path, self._session)
         config = read_json(path / "config.json")
         self.vocab_size = _width_of_logits(path, self._session)
