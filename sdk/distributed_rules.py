@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from edgewright.recipe import Recipe, StageConfig
     from edgewright.training import TrainingConfig
 
-ELEMENTWISE = frozenset({"adamw"})
-"""Optimizers whose step treats every number by itself, so that it is the same for a part of a matrix."""
-
 
 def check_several(recipe: Recipe, processes: int) -> None:
     """Refuse what so many processes cannot do.
@@ -45,8 +42,9 @@ def _problems(stage: StageConfig, processes: int) -> Iterator[RecipeError]:
         why = method.build().kept_whole()
         if why is not None:
             yield _whole(where, method.type, why)
-    if stage.optimizer.type not in ELEMENTWISE:
-        yield _whole(where, stage.optimizer.type, "its step needs whole matrices")
+    why = stage.optimizer.kept_whole()
+    if why is not None:
+        yield _whole(where, stage.optimizer.type, why)
 
 
 def _uneven(settings: TrainingConfig, processes: int, where: str) -> RecipeError:

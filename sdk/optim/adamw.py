@@ -34,6 +34,10 @@ class AdamWConfig(OptimizerConfigBase):
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
 
+    def kept_whole(self) -> str | None:
+        """Its step treats every number by itself."""
+        return None
+
     def state_bytes(self, model: nn.Module) -> int:
         """Two moments of each parameter's own type, and a float32 step count."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -39,6 +39,10 @@ class OptimizerConfigBase(BaseModel, ABC):
         """What somebody who trains with it on a device (`cpu`, `cuda`) should know."""
         return ()
 
+    def kept_whole(self) -> str | None:
+        """Why it cannot step weights that are cut up among processes (FSDP2); None: it can."""
+        return "its step needs whole matrices"
+
     def kept_bytes(self, model: nn.Module) -> int:
         """Bytes kept between steps beside the state, which can be made again; the model may be on meta."""
         return 0

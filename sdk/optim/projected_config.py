@@ -71,6 +71,10 @@ class ProjectedConfig(OptimizerConfigBase):
         matrices = chosen_matrices(model, roles=self.roles, layers=self.layers, exclude=self.exclude)
         return self._over(parameter_groups(model, matrices, rank=self.rank, weight_decay=self.weight_decay))
 
+    def kept_whole(self) -> str | None:
+        """Low-rank gradients are summed over the processes; blocks of eight bits run over the borders."""
+        return "states of eight bits are in blocks that run over the borders" if self.states == "int8" else None
+
     def state_bytes(self, model: nn.Module) -> int:
         """Moments, projections, step counts and seeds; random projections are no state: `kept_bytes`."""
         return self.build(model).state_bytes()

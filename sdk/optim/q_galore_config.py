@@ -32,6 +32,10 @@ class QGaLoreConfig(ProjectedConfig):
     queue_size: int = Field(default=5, gt=0)
     """Refreshes that this mean is over."""
 
+    def kept_whole(self) -> str | None:
+        """Projections in four bits are of whole matrices."""
+        return "its step needs whole matrices"
+
     def _over(self, groups: list[dict[str, Any]]) -> ProjectedOptimizer:
         from edgewright.optim.q_galore import QGaLore
 

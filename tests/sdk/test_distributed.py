@@ -21,6 +21,7 @@ from tiny_run import curve, write_recipe  # noqa: E402
 
 IN_FLOAT32 = "stages.base.training.precision=fp32"
 CUT_UP = "stages.base.training.sharding=full"
+APOLLO = "stages.base.optimizer={type: apollo, rank: 8, learning_rate: 5e-3}"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
 DRIVER = '''
 """edgewright run, in which something happens to one process while it fetches its n-th micro-batch."""
@@ -210,10 +211,17 @@ def test_weights_cut_up_give_the_same_curve(alone, copied, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_killed_on_two_gone_on_alone_and_back(alone, tmp_path, sharding):
+@pytest.mark.parametrize(
+    "settings",
+    [["stages.base.training.sharding=none"], [CUT_UP], [CUT_UP, APOLLO]],
+    ids=["copied", "cut-up", "apollo-cut-up"],
+)
+def test_killed_on_two_gone_on_alone_and_back(alone, tmp_path, settings):
     folder, recipe, whole = alone
-    overrides = (IN_FLOAT32, f"stages.base.training.sharding={sharding}", "stages.base.training.save_steps=2")
+    overrides = (IN_FLOAT32, *settings, "stages.base.training.save_steps=2")
+    if APOLLO in settings:
+        whole = tmp_path / "whole"
+        edgewright.run(recipe, f"output_dir={whole}", IN_FLOAT32, APOLLO)
     code, said = run_hit(tmp_path, recipe, tmp_path / "run", *overrides, rank=1, calls=5)
     assert code != 0, said
     code, said = run_hit(tmp_path, recipe, tmp_path / "run", *overrides, calls=12, processes=1)
@@ -267,11 +275,28 @@ def test_a_ternary_student_of_a_teacher_under_ddp(tmp_path):
         ["stages.base.methods=[{type: lowrank, rank: 8}]", CUT_UP],
         ["stages.base.methods=[{type: lora, rank: 8, dora: true}]"],
         ["stages.base.methods=[{type: lora, rank: 8}]", CUT_UP],
-        ["stages.base.optimizer={type: apollo, rank: 8, learning_rate: 5e-3}"],
+        [APOLLO],
         ["stages.base.optimizer={type: galore, rank: 8, learning_rate: 5e-3}"],
+        [APOLLO, CUT_UP],
+        ["stages.base.optimizer={type: apollo_mini, learning_rate: 5e-3}", CUT_UP],
+        ["stages.base.optimizer={type: gradnorm_lorp, rank: 8, learning_rate: 5e-3}", CUT_UP],
+        ["stages.base.optimizer={type: fira, rank: 8, learning_rate: 5e-3}", CUT_UP],
         ["stages.base.training.gradient_checkpointing=true", CUT_UP],
     ],
-    ids=["granet", "relora", "factors-cut-up", "dora", "lora-cut-up", "apollo", "galore", "recomputed-cut-up"],
+    ids=[
+        "granet",
+        "relora",
+        "factors-cut-up",
+        "dora",
+        "lora-cut-up",
+        "apollo",
+        "galore",
+        "apollo-cut-up",
+        "mini-cut-up",
+        "gradnorm-lorp-cut-up",
+        "fira-cut-up",
+        "recomputed-cut-up",
+    ],
 )
 def test_methods_and_optimizers_act_alike_in_every_process(alone, tmp_path, overrides):
     edgewright.run(alone[1], f"output_dir={tmp_path / 'one'}", IN_FLOAT32, *overrides)
