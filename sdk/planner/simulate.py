@@ -21,7 +21,7 @@ from edgewright.compress.teacher import Ensemble, OnlineTeacher
 from edgewright.memory_rules import check_release
 from edgewright.method import StepContext
 from edgewright.objective import ModelInputs, Objective
-from edgewright.planner.heap import Heap
+from edgewright.planner.heap import typical_peak
 from edgewright.planner.ledger import Ledger
 from edgewright.student import recompute_blocks
 from edgewright.trainer import TrainingModule
@@ -155,16 +155,10 @@ def simulate(case: Case) -> Step:
         started, before = len(ledger.events), ledger.operations
         ledger.begin_peak()
         flops = run.step()
-    heap = Heap()
-    heap.play(ledger.events)
-    again = ledger.events[started:]
-    for _ in range(REPEATS):
-        heap.play(again)
-        heap.play((key, -1) for key, _ in again)
     parameters = list(student.parameters())
     return Step(
         memory=dict(ledger.peak),
-        heap=heap.peak,
+        heap=typical_peak(ledger.events, ledger.events[started:], REPEATS),
         parameters=sum(parameter.numel() for parameter in parameters),
         flops=flops,
         operations=(ledger.operations - before) * -(-run.pieces // run.simulated),

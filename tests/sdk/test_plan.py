@@ -17,7 +17,7 @@ from edgewright.errors import EdgewrightError, RecipeError
 from edgewright.plan import CheckFailed, plan
 from edgewright.planner.cases import case, stage_models
 from edgewright.planner.devices import GPUS, find_device
-from edgewright.planner.heap import MAPPED_FROM, Heap
+from edgewright.planner.heap import DRAWS, MAPPED_FROM, Heap, typical_peak
 from edgewright.planner.ledger import Ledger
 from edgewright.planner.memory import Memory, predict
 from edgewright.planner.simulate import Step
@@ -131,6 +131,19 @@ def test_a_heap_has_holes() -> None:
     before = heap.peak
     heap.play([(9, -1), (10, MAPPED_FROM)])
     assert heap.peak == before > MAPPED_FROM, "large blocks are given back"
+
+
+def test_the_typical_heap_is_the_median_of_several() -> None:
+    events = [event for key in range(400) for event in ((key, 1000 + 97 * (key % 13)), (key - 5, -1))]
+    peaks = []
+    for seed in range(DRAWS):
+        heap = Heap(seed)
+        heap.play(events)
+        heap.play(events)
+        heap.play((key, -1) for key, _ in events)
+        peaks.append(heap.peak)
+    assert len(set(peaks)) > 1
+    assert typical_peak(events, events, 1) == sorted(peaks)[DRAWS // 2]
 
 
 def test_the_object_that_scripts_read(tmp_path: Path) -> None:
