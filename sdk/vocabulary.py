@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgewright.data.tokenizer import Encoder, load_encoder
 from edgewright.errors import BadInput, RecipeError
+
+if TYPE_CHECKING:
+    from edgewright.export.runtimes.session import Session
 
 
 def check_same_tokens(ours: Path, theirs: Path, *, role: str) -> list[str]:
@@ -98,3 +103,86 @@ def check_rows(student: int, teacher: int, tokens: int, *, role: str, where: Pat
         return []
     wider, more = ("student", student - teacher) if student > teacher else ("teacher", teacher - student)
     return [f"{role}: {more:,} rows that only pad the {wider}'s vocabulary are left out of the comparison"]
+
+
+def token_table(path: Path) -> list[str | None]:
+    """The texts of a model's tokens by id, as its tokenizer spells them; None for ids without a token.
+
+    GGUF files and tokenizer.json spell them alike, so tables of all targets can be compared.
+
+    Args:
+        path: a .gguf file, or a folder with a tokenizer.
+
+    Raises:
+        BadInput: EW-325, EW-328, a tokenizer that cannot be read; for a GGUF file what the guard refuses.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        from edgewright.export.gguf.file import token_texts
+
+        return token_texts(path)
+    from edgewright.export.tokenizer_files import open_tokenizer
+
+    texts = open_tokenizer(path).get_vocab(with_added_tokens=True)
+    table: list[str | None] = [None] * (1 + max(texts.values(), default=-1))
+    for text, token in texts.items():
+        table[token] = text
+    return table
+
+
+def check_draft(target: Session, draft: Session) -> list[str]:
+    """Whether a draft speaks of the target's tokens: of the same text by the same id, and of the same start and end.
+
+    Returns:
+        Differences that do no harm, in words: ids that one of them has beyond the other's, or that only pad.
+
+    Raises:
+        RecipeError: EW-800 names the first token that differs, and both texts.
+    """
+    notes = check_draft_table(token_table(target.path), token_table(draft.path), draft.path)
+    if target.start_id != draft.start_id:
+        raise _other_tokens(draft.path, "the token that starts a text", target.start_id, draft.start_id)
+    if target.eos_ids != draft.eos_ids:
+        if target.eos_ids and not target.eos_ids & draft.eos_ids:
+            ends = (sorted(target.eos_ids), sorted(draft.eos_ids))
+            raise _other_tokens(draft.path, "the token that ends a text", *ends)
+        notes.append("draft and target do not end texts with all the same tokens; the target's count")
+    if target.vocab_size != draft.vocab_size:
+        notes.append(f"logits of {target.vocab_size:,} tokens in the target, of {draft.vocab_size:,} in the draft")
+    return notes
+
+
+def check_draft_table(target: Sequence[str | None], draft: Sequence[str | None], where: Path) -> list[str]:
+    """Compare two tables of tokens (`token_table`); `where` is the draft. Result and errors as `check_draft`."""
+    ours, theirs = _without_padding(target), _without_padding(draft)
+    common = min(len(ours), len(theirs))
+    for token, (left, right) in enumerate(zip(ours[:common], theirs[:common], strict=True)):
+        if left != right:
+            raise _other_tokens(where, f"token {token}", _quoted(left), _quoted(right))
+    if len(theirs) > common:
+        return [f"the draft has {len(theirs) - common:,} tokens beyond the target's, which it can only propose in vain"]
+    if len(ours) > common:
+        return [f"the target has {len(ours) - common:,} tokens beyond the draft's, which are never proposed"]
+    return []
+
+
+def _without_padding(table: Sequence[str | None]) -> Sequence[str | None]:
+    """A table up to its last token."""
+    length = len(table)
+    while length and table[length - 1] is None:
+        length -= 1
+    return table[:length]
+
+
+def _quoted(text: str | None) -> str:
+    return "no token" if text is None else repr(text)
+
+
+def _other_tokens(where: Path, what: str, ours: object, theirs: object) -> RecipeError:
+    return RecipeError(
+        "EW-800",
+        f"the draft has another vocabulary than the target: {what} is not the same",
+        where=where.absolute(),
+        expected=f"{ours}, as in the target",
+        found=theirs,
+        fix="take a draft that was trained with the target's own tokenizer",
+    )

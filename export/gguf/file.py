@@ -23,6 +23,8 @@ in two bits, low bits first, stored as code + 1."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+TOKENS, TOKEN_TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+"""The keys of the vocabulary's texts and of their types."""
 
 Setting = bool | int | float | str | tuple[bool | int | float, ...]
 
@@ -85,6 +87,23 @@ def open_gguf(path: Path) -> GgufFile:
     )
 
 
+def token_texts(path: Path) -> list[str | None]:
+    """The texts of a file's vocabulary by id, as it spells them; None for ids that only fill it up.
+
+    Raises:
+        Unsafe, BadInput: what `check_gguf` refuses.
+    """
+    check_gguf(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader = _Reader(data, texts_of=TOKENS)
+        *_, settings = reader.numbers("<IIQQ")
+        found = dict(reader.setting() for _ in range(settings))
+    kinds = found.get(TOKEN_TYPES)
+    assert kinds is None or isinstance(kinds, tuple)
+    unused = {index for index, kind in enumerate(kinds or ()) if kind == gguf.TokenType.UNUSED}
+    return [None if index in unused else text for index, text in enumerate(reader.texts)]
+
+
 def _stored(data: mmap.mmap, offset: int, shape: tuple[int, ...], number: int) -> StoredTensor:
     block, size = (64, 18) if number == Q2_0 else gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)]
     rows, width = math.prod(shape[:-1]), shape[-1] // block * size
@@ -102,8 +121,11 @@ def _q2_0_values(data: np.ndarray) -> np.ndarray:
 class _Reader:
     """Little-endian values one after the other; the guard has checked that they are all there."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, *, texts_of: str | None = None) -> None:
         self.data, self.at = data, 0
+        self.texts_of = texts_of
+        self.texts: list[str] = []
+        """The list of texts under the key `texts_of`, once it was read; other lists of texts are skipped."""
 
     def numbers(self, layout: str) -> tuple[int, ...]:
         found = struct.unpack_from(layout, self.data, self.at)
@@ -123,6 +145,9 @@ class _Reader:
         if kind != _ARRAY:
             return key, self.numbers(f"<{_SCALARS[kind]}")[0]
         kind, count = self.numbers("<IQ")
+        if kind == _STRING and key == self.texts_of:
+            self.texts = [self.text() for _ in range(count)]
+            return key, None
         if kind == _STRING:
             for _ in range(count):
                 self.at += 8 + int.from_bytes(self.data[self.at : self.at + 8], "little")
