@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgewright.plan import plan as plan
     from edgewright.report import report as report
     from edgewright.run import run as run
+    from edgewright.speculate import speculate as speculate
 
     __version__: str
 
@@ -39,11 +40,25 @@ __all__ = [
     "plan",
     "report",
     "run",
+    "speculate",
     "verify",
 ]
 
 _VERB_MODULES = frozenset(
-    {"bench", "check", "doctor", "evaluate", "explain", "export", "generate", "ls", "plan", "report", "run"}
+    {
+        "bench",
+        "check",
+        "doctor",
+        "evaluate",
+        "explain",
+        "export",
+        "generate",
+        "ls",
+        "plan",
+        "report",
+        "run",
+        "speculate",
+    }
 )
 """Modules of this package that can be called (see `_verbs.py`)."""
 _FUNCTIONS = {"verify": "edgewright.export.parity", "open_session": "edgewright.export.runtimes"}

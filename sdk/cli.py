@@ -8,22 +8,18 @@ standard error.
 from __future__ import annotations
 
 import gc
-import json
-import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Protocol
+from typing import Annotated, Literal, NoReturn, Protocol
 
 import typer
-from typer.exceptions import TyperException
 
-if TYPE_CHECKING:
-    from edgewright.errors import EdgewrightError
+from edgewright.cli_output import failed, print_json
 
 app = typer.Typer(
     name="edgewright",
@@ -38,8 +34,6 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the runtime; its own choice by default.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as often as needed.")]
-
-BUG = 70
 
 
 class Result(Protocol):
@@ -65,55 +59,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BaseException as error:
         if debug and not isinstance(error, SystemExit):
             raise
-        code = _failed(error, as_json)
+        code = failed(error, as_json)
     gc.freeze()  # all of it goes with the process: no search for garbage on the way out, through every loaded module
     raise SystemExit(code or 0)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
-
-
-def _failed(error: BaseException, as_json: bool) -> int:
-    """Report what went wrong, in the form that was asked for; the exit code."""
-    from edgewright.errors import EdgewrightError, OutOfResources, RecipeError
-
-    cause = error.__context__ if isinstance(error, SystemExit) else error
-    if isinstance(cause, BrokenPipeError):  # whoever read our output has gone; typer makes an exit of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else BUG
-    if isinstance(error, KeyboardInterrupt):
-        print("stopped by SIGINT", file=sys.stderr)
-        return 130
-    if isinstance(error, TyperException):
-        fix = "edgewright --help, or --help after a command, lists what there is"
-        error = RecipeError("EW-100", f"this command line is not understood: {error.format_message()}", fix=fix)
-    if isinstance(error, MemoryError):
-        fix = "use a smaller batch, sequence_length or model, or a machine with more memory"
-        error = OutOfResources("EW-404", "memory ran out", fix=fix)
-    if isinstance(error, EdgewrightError):
-        return _report(error, as_json)
-    return _bug(error, as_json)
-
-
-def _report(error: EdgewrightError, as_json: bool) -> int:
-    print(error.message(), file=sys.stderr)
-    if as_json:
-        _print_json({"schema_version": 1, "error": error.to_json()})
-    return error.exit_code
-
-
-def _bug(error: BaseException, as_json: bool) -> int:
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    print(
-        f"edgewright: a bug of ours: {text}\n  fix: the same command with --debug shows the traceback", file=sys.stderr
-    )
-    if as_json:
-        found: dict[str, object] = {"code": None, "exit_code": BUG, "what": text}
-        _print_json({"schema_version": 1, "error": found})
-    return BUG
 
 
 @contextmanager
@@ -130,23 +82,10 @@ def _quiet_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _print_json(value: object) -> None:
-    print(json.dumps(_finite(value), indent=2, allow_nan=False), flush=True)
-
-
-def _finite(value: object) -> object:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _show(verb: str, result: Result, as_json: bool) -> None:
     """Print a result: the object itself, or as text for people."""
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
         return
     from edgewright.cli_text import print_result
 
@@ -187,7 +126,7 @@ def check(
     if schema:
         from edgewright.recipe import json_schema
 
-        _print_json(json_schema())
+        print_json(json_schema())
         return
     from edgewright.check import check
 
@@ -388,6 +327,65 @@ def bench(
 
 
 @app.command()
+def speculate(
+    target: Annotated[Path, typer.Option(help="The model whose text it is: file, folder or model directory.")],
+    draft: Annotated[
+        Path | None, typer.Option(help="A smaller model with the same vocabulary, in any runtime.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Files or patterns, .txt or .jsonl (.xz); each is a set. By default held-out Python code."),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[FILES]...", help="Further files for --prompts.")] = None,
+    gamma: Annotated[str, typer.Option(help="Drafted tokens per round; several with commas: 2,4.")] = "4",
+    ngram: Annotated[
+        int | None, typer.Option(help="Also prompt lookup, with n-grams of at most so many tokens: needs no draft.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that have this mass together.")] = 1.0,
+    greedy_draft: Annotated[
+        bool, typer.Option("--greedy-draft", help="The draft proposes its likeliest token although the target draws.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens for each prompt.")] = 64,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Keep the last so many tokens of longer prompts.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="The first so many prompts of each file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a draft for a target.
+
+    Acceptance, tokens per pass, speed against plain decoding in turns, and whether the text is the same.
+    """
+    from edgewright.speculate import speculate
+
+    if more and not prompts:
+        raise typer.BadParameter("files of prompts come after --prompts")
+    with _quiet_stdout():
+        result = speculate(
+            target,
+            draft,
+            prompts=[*(prompts or []), *(more or [])] or None,
+            gamma=_whole_numbers(gamma, "--gamma"),
+            ngram=ngram,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            greedy_draft=greedy_draft,
+            max_new_tokens=max_new_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            limit=limit,
+            seed=seed,
+            threads=threads,
+            say=_progress("prompt"),
+        )
+    _show("speculate", result, as_json)
+
+
+@app.command()
 def generate(
     target: Annotated[Path, typer.Argument(help="GGUF file, GenAI folder or model directory.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
@@ -463,6 +461,20 @@ def explain(
     from edgewright.explain import explain
 
     _show("explain", explain(code), as_json)
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} takes whole numbers with commas between them, not {text!r}") from None
+
+
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """Tells how far a measurement is, on a terminal alone."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, of: print(f"\r{what} {done} of {of}", end="\n" if done == of else "", file=sys.stderr)
 
 
 def _required(value: Path | None, name: str) -> Path:

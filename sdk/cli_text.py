@@ -8,6 +8,8 @@ from typing import Any
 
 from edgewright import report_text as say
 
+SHOWN_DIVERGENCES = 10
+
 Text = Callable[[dict[str, Any]], str]
 
 
@@ -186,6 +188,66 @@ def _pack(result: dict[str, Any]) -> str:
     )
 
 
+def _speculate(result: dict[str, Any]) -> str:
+    columns = (
+        "proposer, gamma, prompts",
+        "accepted",
+        "tokens/pass",
+        "MBSU",
+        "MBSU measured",
+        "speed-up",
+        "quartiles",
+        "tokens/s",
+        "plain",
+        "same text",
+    )
+    rows = [
+        (
+            f"{row['proposer']} {row['gamma']} {row['prompts']} ({row['texts']})",
+            say.share(row["acceptance_rate"]),
+            *(_factor(row[name]) for name in ("block_efficiency", "mbsu", "mbsu_measured", "speedup")),
+            say.MISSING if row["speedup_quartiles"] is None else "{:.2f} to {:.2f}".format(*row["speedup_quartiles"]),
+            say.rate(row["tokens_per_s"]),
+            say.rate(row["plain_tokens_per_s"]),
+            say.share(row["token_identity"]),
+        )
+        for row in result["rows"]
+    ]
+    lines = [table(columns, rows), "", *_pair_facts(result)]
+    lines += [_parting(each) for each in result["divergences"][:SHOWN_DIVERGENCES]]
+    hidden = len(result["divergences"]) - SHOWN_DIVERGENCES
+    lines += [f"and {hidden} more texts that differ: --json lists them"] if hidden > 0 else []
+    lines += [f"note: {text}" for text in result["notes"]]
+    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])
+
+
+def _pair_facts(result: dict[str, Any]) -> list[str]:
+    """What the columns cannot hold."""
+    drawn = f"temperature {result['temperature']}, top-k {result['top_k']}, top-p {result['top_p']}"
+    how = "greedy" if result["temperature"] == 0 else drawn
+    best = f"{result['proposer']}, gamma {result['gamma']}"
+    lines = [f"accepted by position ({best}): {', '.join(say.share(rate) for rate in result['by_position'])}"]
+    if result["draft"] is not None:
+        measured = _factor(result["measured_cost_ratio"])
+        lines.append(
+            f"cost of a drafted token: {result['cost_ratio']:.3f} of the target's by bytes, {measured} measured"
+        )
+    runtimes = result["runtime"] + (f", draft in {result['draft_runtime']}" if result["draft_runtime"] else "")
+    return [*lines, f"{how}, {result['max_new_tokens']} new tokens, {runtimes}, {result['machine']['cpu']}"]
+
+
+def _parting(each: dict[str, Any]) -> str:
+    verdict = "within" if each["within_noise"] else "OUTSIDE"
+    return (
+        f"{each['where']} ({each['proposer']} {each['gamma']}): differs from token {each['position']} on; margin "
+        f"{say.small(each['margin'])}, {verdict} twice the noise {say.small(each['noise'])}"
+    )
+
+
+def _factor(value: float | None) -> str:
+    return say.MISSING if value is None else f"{value:.2f}"
+
+
 def _generate(result: dict[str, Any]) -> str:
     return str(result["prompt"] + result["text"])
 
@@ -244,6 +306,7 @@ _TEXTS: dict[str, Text] = {
     "verify": _verify,
     "bench": _bench,
     "pack": _pack,
+    "speculate": _speculate,
     "generate": _generate,
     "report": _report,
     "ls": _ls,

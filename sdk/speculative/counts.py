@@ -13,9 +13,9 @@ class Counts:
     its own. So the new tokens are always `accepted + rounds`. An end-of-text token that was drafted and accepted is the
     round's own token: it ends the text, and nothing follows that the target could add.
 
-    AR = accepted / drafted, tau = (accepted + rounds) / rounds = 1 + AR * drafted / rounds (FastDraft, arXiv:2411.11055;
-    its rounds all have gamma drafts). Here rounds may have fewer: at the end of a text, where the draft's context is
-    full, and where prompt lookup finds nothing. `gamma` is therefore the mean.
+    AR = accepted / drafted, tau = (accepted + rounds) / rounds = 1 + AR * drafted / rounds. In FastDraft
+    (arXiv:2411.11055) every round has gamma drafts; here some may have fewer: at the end of a text, where the draft's
+    context is full, and where prompt lookup finds nothing. `gamma` is therefore the mean.
     """
 
     drafted: int = 0

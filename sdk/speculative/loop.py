@@ -32,16 +32,21 @@ class Decoded:
     Args:
         tokens: the new tokens, without the end-of-text token.
         counts: of its rounds.
-        ended: the model wrote an end-of-text token.
+        end: the end-of-text token that the model wrote, if it did.
         prompt_seconds: until the prompt, but for its last token, was in the caches.
         seconds: from then on.
     """
 
     tokens: list[int]
     counts: Counts
-    ended: bool
+    end: int | None
     prompt_seconds: float
     seconds: float
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended the text itself."""
+        return self.end is not None
 
 
 class NoProposer:
@@ -132,8 +137,8 @@ def _decode(
     ready = time.perf_counter()
     new: list[int] = []
     counts = Counts()
-    last, ended = prompt[-1], False
-    while len(new) < max_new_tokens and not ended:
+    last, end = prompt[-1], None
+    while len(new) < max_new_tokens and end is None:
         proposal = _up_to_end(proposer.propose(min(gamma, max_new_tokens - len(new) - 1)), ends)
         drafted = proposal.tokens
         held = target.length
@@ -147,18 +152,19 @@ def _decode(
             # The end was drafted and accepted: it is this round's own token, and nothing follows it.
             new += drafted[:-1]
             counts.add_round(accepted - 1, accepted - 1)
-            ended = True
+            end = drafted[-1]
             continue
         new += drafted[:accepted]
         counts.add_round(len(drafted), accepted)
-        ended = last in ends
-        if not ended:
+        if last in ends:
+            end = last
+        else:
             new.append(last)
             if accepted < len(drafted):
                 target.rewind(held + 1 + accepted)
             proposer.accept(accepted, last)
     return Decoded(
-        tokens=new, counts=counts, ended=ended, prompt_seconds=ready - started, seconds=time.perf_counter() - ready
+        tokens=new, counts=counts, end=end, prompt_seconds=ready - started, seconds=time.perf_counter() - ready
     )
 
 

@@ -24,6 +24,7 @@ NAMES = [
     "plan",
     "report",
     "run",
+    "speculate",
     "verify",
 ]
 VERBS = [
@@ -34,6 +35,7 @@ VERBS = [
     "export",
     "verify",
     "bench",
+    "speculate",
     "generate",
     "report",
     "ls",
@@ -51,6 +53,11 @@ OPTIONS = {
     },
     "verify": {"--against", "--size", "--max-kl", "--data", "--threads", "--json", "--help"},
     "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
+    "speculate": {
+        "--target", "--draft", "--prompts", "--gamma", "--ngram", "--temperature", "--top-k", "--top-p",
+        "--greedy-draft", "--max-new-tokens", "--max-prompt-tokens", "--limit", "--seed", "--threads", "--json",
+        "--help",
+    },
     "generate": {"--prompt", "--max-new-tokens", "--temperature", "--seed", "--threads", "--json", "--help"},
     "report": {"--add", "--json", "--help"},
     "ls": {"--json", "--help"},

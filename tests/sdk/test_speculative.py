@@ -83,7 +83,7 @@ def test_the_target_as_its_own_draft(gamma: int) -> None:
 def test_one_pass_of_the_target_a_round_and_one_of_the_draft_a_token() -> None:
     target = MarkovSession(chain(40, 1))
     draft = MarkovSession(target.table + 0.7 * chain(40, 7))
-    counts = run(target, draft, new=61).counts
+    counts = run(target, draft, new=400, sampler=Sampler(temperature=1.0)).counts
     assert target.appends[0] == (len(PROMPT) - 1, "none") and draft.appends[0] == (len(PROMPT) - 1, "none")
     rounds = target.appends[1:]
     assert len(rounds) == counts.rounds and {kind for _, kind in rounds} == {"all"}
@@ -108,9 +108,10 @@ def test_the_caches_hold_the_text() -> None:
             assert draft.cache == self._text[: draft.length] and draft.length >= len(self._text) - 2
             self.rounds += 1
 
-    watching = Watching(draft, GREEDY)
-    decode(target, watching, PROMPT, max_new_tokens=50, gamma=4, sampler=GREEDY)
-    assert watching.rounds > 12
+    sampler = Sampler(temperature=1.0)
+    watching = Watching(draft, sampler)
+    decode(target, watching, PROMPT, max_new_tokens=400, gamma=4, sampler=sampler)
+    assert watching.rounds > 80
 
 
 # --- ends ---
@@ -148,7 +149,7 @@ def test_to_the_end_of_the_context() -> None:
     for context in (1, 2, 3, 10, 40):  # a draft that sees less: it falls silent, the target goes on
         found = run(target, MarkovSession(table, context=context), new=62)
         assert found.tokens == whole
-        assert found.counts.drafted == max(0, found.counts.accepted) and (found.counts.accepted > 0) == (context >= 3)
+        assert found.counts.drafted == found.counts.accepted and (found.counts.accepted > 0) == (context >= 3)
     with pytest.raises(BadInput, match="EW-602"):
         run(target, MarkovSession(table), new=63)
 
@@ -317,7 +318,7 @@ def test_the_figures_agree(noise: float) -> None:
     assert tau == (counts.accepted + counts.rounds) / counts.rounds
     assert counts.mbsu(0.1) == pytest.approx(tau / (0.1 * counts.gamma + 1), abs=1e-12)
     assert sum(counts.kept) == counts.accepted
-    assert counts.tried[0] == counts.rounds - (counts.gamma < 4 and counts.rounds * 4 - counts.drafted == 4)
+    assert counts.rounds - 1 <= counts.tried[0] <= counts.rounds  # the last round may have had nothing to draft
 
 
 def test_counts_add_up() -> None:

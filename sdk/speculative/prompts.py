@@ -1,0 +1,137 @@
+"""The prompts that a pair is measured on: one set a file, so that chat, code and stories are not thrown together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from edgewright.errors import BadInput
+
+HELD_OUT = "held-out code"
+"""The set that is taken where no file is given: beginnings of the held-out part of Python's standard library."""
+BEGINNING = 256
+"""Characters of each of those."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text to continue."""
+
+    set: str
+    """The file that it is from, by its name below the pattern, without suffixes."""
+    where: str
+    """File and line, for messages."""
+    text: str
+
+
+def read_prompts(patterns: Sequence[str | Path], *, limit: int | None = None) -> list[Prompt]:
+    """The prompts of files.
+
+    A .txt file holds prompts with `<|endoftext|>` between them, a .jsonl file one a line: `prompt`, `text`, `question`
+    or `instruction`, the first of `turns`, or the first of `messages` that a user wrote. They are taken as they are:
+    chat templates are not applied. Both kinds may be compressed (.gz, .xz, .zst). Blank prompts are left out.
+
+    Args:
+        patterns: files or patterns.
+        limit: the first so many of each file.
+
+    Raises:
+        BadInput: EW-203 to EW-208, a file that is not there or cannot be read; EW-806, a file without a prompt; EW-807,
+            a line that is none.
+    """
+    from edgewright.data.files import find
+
+    prompts: list[Prompt] = []
+    for name, path in find(tuple(map(str, patterns))):
+        texts = _texts_of_lines(path) if ".jsonl" in path.suffixes else _texts(path, name)
+        kept = ((where, text) for where, text in texts if text.strip())
+        found = [Prompt(name.split(".")[0] or name, where, text) for where, text in islice(kept, limit)]
+        if not found:
+            raise BadInput(
+                "EW-806",
+                "there is no prompt in this file",
+                where=path.absolute(),
+                expected="text that is not blank",
+                fix="give other files",
+            )
+        prompts += found
+    return prompts
+
+
+def held_out_prompts(limit: int) -> list[Prompt]:
+    """Beginnings of the held-out part of the interpreter's standard library."""
+    from edgewright.data import StdlibData, TrainTokenizer, iterate_documents
+
+    documents = iterate_documents(StdlibData(type="stdlib", tokenizer=TrainTokenizer()), split="held_out")
+    first = (next(pieces) for _, pieces in groupby(documents, key=lambda pair: pair[0]))
+    return [Prompt(HELD_OUT, name, text[:BEGINNING]) for name, text in islice(first, limit)]
+
+
+def _texts(path: Path, name: str) -> Any:
+    """Place and text of each document of a text file."""
+    from edgewright.data.reading import TextFormat, read_file
+
+    for document in read_file(path, name, TextFormat()):
+        where = f"{path.absolute()}:{document.line}"
+        if document.fault is not None:
+            raise _unreadable(where, document.fault)
+        text = "".join(document.chunks)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise _unreadable(where, "bytes that are no UTF-8")
+        yield where, text
+
+
+def _texts_of_lines(path: Path) -> Any:
+    """Place and prompt of each line of a .jsonl file."""
+    from edgewright.data.reading import read_records
+
+    for number, record, fault in read_records(path):
+        where = f"{path.absolute()}:{number}"
+        if record is None:
+            raise _unreadable(where, fault)
+        key = next((key for key in READERS if key in record), None)
+        if key is None:
+            raise _unreadable(where, f"the keys {', '.join(map(str, record)) or 'none'}")
+        text = READERS[key](record[key])
+        if text is None:
+            raise _unreadable(where, f"{key!r} without a text")
+        yield where, text
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _first(value: Any) -> str | None:
+    return _text(value[0]) if isinstance(value, list) and value else _text(value)
+
+
+def _first_of_user(value: Any) -> str | None:
+    messages = value if isinstance(value, list) else []
+    spoken = (each.get("content") for each in messages if isinstance(each, dict) and each.get("role") == "user")
+    return _text(next(spoken, None))
+
+
+READERS: dict[str, Callable[[Any], str | None]] = {
+    "prompt": _text,
+    "turns": _first,
+    "messages": _first_of_user,
+    "question": _text,
+    "instruction": _text,
+    "text": _text,
+}
+"""How the prompt is taken out of a line, by the key that it has; the first of them counts."""
+
+
+def _unreadable(where: str, found: str) -> BadInput:
+    return BadInput(
+        "EW-807",
+        "there is no prompt here",
+        where=where,
+        expected=f"UTF-8 text; in a line of JSON an object with one of {', '.join(READERS)}",
+        found=found,
+        fix="mend or remove it",
+    )
