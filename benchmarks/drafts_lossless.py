@@ -124,7 +124,8 @@ def greedy(name: str, both: Sequence[Path], files: list[Path], given: argparse.N
         rate, tau = row.counts.acceptance_rate, row.counts.block_efficiency
         print(
             f"{name:9s} {row.proposer:5s} greedy: {row.texts} prompts x {given.tokens}, "
-            f"same text {row.token_identity:.2%}, accepted {rate:.3f}, {tau:.3f} tokens a round, speed-up {row.speedup:.2f}"
+            f"same text {row.token_identity:.2%}, accepted {rate:.3f}, {tau:.3f} tokens a round, "
+            f"speed-up {row.speedup:.2f}"
         )
     for parting in result.divergences:
         each = parting.divergence

@@ -424,7 +424,8 @@ def ls(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="KIND", help="methods, optimizers, losses, students, targets, presets, teachers or stages."
+            metavar="KIND",
+            help="methods, optimizers, losses, students, targets, presets, teachers, stages or proposers.",
         ),
     ],
     as_json: Json = False,

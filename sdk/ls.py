@@ -1,4 +1,5 @@
-"""`ls`: what there is to choose from: methods, optimizers, losses, students, targets, presets, teachers, stages."""
+"""`ls`: what there is to choose from: methods, optimizers, losses, students, targets, presets, teachers, stages,
+proposers."""
 
 from __future__ import annotations
 
@@ -143,6 +144,16 @@ def _presets() -> list[Entry]:
     ]
 
 
+def _proposers() -> list[Entry]:
+    """What may draft for a target in `edgewright speculate`, with the option that asks for it."""
+    from edgewright.speculative import DraftModel, PromptLookup
+
+    return [
+        _described("draft", DraftModel, option="--draft PATH"),
+        _described("ngram", PromptLookup, option="--ngram N"),
+    ]
+
+
 KINDS: dict[str, Callable[[], list[Entry]]] = {
     "methods": _methods,
     "optimizers": _optimizers,
@@ -152,6 +163,7 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "presets": _presets,
     "teachers": _teachers,
     "stages": _stages,
+    "proposers": _proposers,
 }
 """The kinds, and what lists each."""
 

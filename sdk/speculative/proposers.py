@@ -36,7 +36,7 @@ class Proposer(Protocol):
 
 
 class DraftModel:
-    """A small model in a session of its own, in step with the target.
+    """A small model in a session of its own, in step with the target (arXiv:2211.17192).
 
     One pass for each drafted token and no other: the last drafted token is not run, since what would follow it may
     never be asked for. Where it was accepted, the first pass of the next round takes it and the target's own token.
@@ -113,7 +113,7 @@ class DraftModel:
 
 
 class PromptLookup:
-    """No model: what followed the last few tokens when they last stood in the text (Saxena 2023).
+    """No model: what followed the last few tokens when they last stood in the text (prompt lookup).
 
     The longest run of tokens that was there before counts, and of several places the last. Costs next to nothing, and
     helps where the text repeats itself or its prompt. A lookup of one step each: places are kept by their n-grams.

@@ -94,6 +94,12 @@ def test_students_are_what_a_recipe_can_start_from() -> None:
     assert methods == ["function_preserving", "advanced", "stack"]
 
 
+def test_proposers_are_the_options_of_speculate() -> None:
+    found = entries("proposers")
+    assert {name: entry["option"] for name, entry in found.items()} == {"draft": "--draft PATH", "ngram": "--ngram N"}
+    assert found["draft"]["paper"] == "arXiv:2211.17192"
+
+
 def test_presets_say_how_large_they_are() -> None:
     smallest = entries("presets")["llama-1m"]
     assert smallest["hidden_size"] == 128
