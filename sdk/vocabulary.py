@@ -161,7 +161,7 @@ def check_draft_table(target: Sequence[str | None], draft: Sequence[str | None],
     if len(theirs) > common:
         return [f"the draft has {len(theirs) - common:,} tokens beyond the target's, which it can only propose in vain"]
     if len(ours) > common:
-        return [f"the target has {len(ours) - common:,} tokens beyond the draft's, which are never proposed"]
+        return [f"the target has {len(ours) - common:,} tokens beyond the draft's, behind which it is silent"]
     return []
 
 

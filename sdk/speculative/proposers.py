@@ -44,8 +44,8 @@ class DraftModel:
     Args:
         session: the draft, with logits and a cache that can be cut back.
         sampler: the target's own, so that both distributions are cut the same way.
-        width: of the target's logits, which the distributions get: tokens that the draft lacks have probability 0, what
-            it has beyond is left out before it is drawn. By default the draft's own.
+        width: of the target's logits, which the distributions get: tokens that the draft lacks have probability 0, and
+            behind one it proposes nothing more; what it has beyond is left out before it is drawn. By default its own.
         greedy: propose the most likely token although the target draws, as most runtimes do. The text has the target's
             law all the same; what changes is how many tokens are accepted: E p(argmax q), not sum min(p, q).
         ends: tokens after which nothing is proposed.
@@ -67,17 +67,19 @@ class DraftModel:
         self._ends = ends
         self._text: list[int] = []
         self._proposed: list[int] = []
+        self._lost = False
 
     def reset(self, tokens: Sequence[int]) -> None:
         self._text, self._proposed = list(tokens), []
+        self._lost = max(tokens) >= self.session.vocab_size
         self.session.rewind(0)
         ready = tokens[:-1]
-        if ready and len(ready) <= self.session.context_length:
+        if ready and len(ready) <= self.session.context_length and not self._lost:
             self.session.append(ready, "none")
 
     def propose(self, gamma: int) -> Proposal:
         # The last drafted token is not run, so it needs no place in the cache.
-        count = min(gamma, self.session.context_length - len(self._text) + 1)
+        count = 0 if self._lost else min(gamma, self.session.context_length - len(self._text) + 1)
         tokens: list[int] = []
         drawn_from: list[np.ndarray] | None = None if self._greedy else []
         fed: Sequence[int] = self._text[self.session.length :]
@@ -96,6 +98,7 @@ class DraftModel:
         right = len(self._text) + accepted
         self._text += self._proposed[:accepted]
         self._text.append(token)
+        self._lost = self._lost or token >= self.session.vocab_size
         if right < self.session.length:
             self.session.rewind(right)
 
