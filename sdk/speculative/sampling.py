@@ -61,14 +61,15 @@ class Sampler:
         Raises:
             FloatingPointError: logits that are NaN, or none that is finite.
         """
-        scaled = logits.astype(np.float64) / self.temperature
-        peak = float(scaled.max())
+        peak = float(logits.max())
         if not math.isfinite(peak):
             raise FloatingPointError(f"the largest logit is {peak}")
-        if 0 < self.top_k < len(scaled):
-            scaled[scaled < np.partition(scaled, -self.top_k)[-self.top_k]] = -np.inf
-        mass: np.ndarray = np.exp(scaled - peak)
-        mass /= mass.sum()
+        if 0 < self.top_k < len(logits):
+            kept = (logits >= np.partition(logits, -self.top_k)[-self.top_k]).nonzero()[0]
+            mass = np.zeros(len(logits))
+            mass[kept] = _softmax(logits[kept], peak, self.temperature)
+        else:
+            mass = _softmax(logits, peak, self.temperature)
         return mass if self.top_p == 1 else _top_p(mass, self.top_p)
 
     def draw(self, mass: np.ndarray) -> int:
@@ -138,6 +139,16 @@ def _verify_greedy(rows: np.ndarray, tokens: Sequence[int]) -> tuple[int, int]:
     if not math.isfinite(rows[place, chosen[place]]):
         raise FloatingPointError(f"the largest logit is {rows[place, chosen[place]]}")
     return place, chosen[place]
+
+
+def _softmax(logits: np.ndarray, peak: float, temperature: float) -> np.ndarray:
+    """float64, in one array: at this size of vocabularies a second one costs as much as the arithmetic."""
+    mass: np.ndarray = logits.astype(np.float64)
+    mass -= peak
+    mass /= temperature
+    np.exp(mass, out=mass)
+    mass /= mass.sum()
+    return mass
 
 
 def _top_p(mass: np.ndarray, top_p: float) -> np.ndarray:
