@@ -186,7 +186,11 @@ class Contest:
             self._decode(contender, longest, 0, min(WARM_UP, self.settings.max_new_tokens))
         self._alone(longest, 0)
         self.asks = list(asks)
-        writers = [self._write_plainly, *(partial(self._write, each) for each in self.contenders), self._write_alone]
+        writers: list[Callable[[Ask, int], None]] = [
+            self._write_plainly,
+            *(partial(self._write, each) for each in self.contenders),
+            self._write_alone,
+        ]
         for number, ask in enumerate(self.asks):
             for write in writers if number % 2 == 0 else reversed(writers):
                 write(ask, number)

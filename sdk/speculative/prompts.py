@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -70,7 +70,7 @@ def held_out_prompts(limit: int) -> list[Prompt]:
     return [Prompt(HELD_OUT, name, text[:BEGINNING]) for name, text in islice(first, limit)]
 
 
-def _texts(path: Path, name: str) -> Any:
+def _texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
     """Place and text of each document of a text file."""
     from edgewright.data.reading import TextFormat, read_file
 
@@ -84,7 +84,7 @@ def _texts(path: Path, name: str) -> Any:
         yield where, text
 
 
-def _texts_of_lines(path: Path) -> Any:
+def _texts_of_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Place and prompt of each line of a .jsonl file."""
     from edgewright.data.reading import read_records
 
