@@ -77,7 +77,7 @@ class Row:
         counts: of all their rounds.
         cost_ratio: bytes of the draft / bytes of the target; 0 for n-grams.
         measured_cost_ratio: time of a token that the draft writes alone / of one that the target does, median; None
-            where the draft's context left no room to measure it.
+            where the draft could read no prompt: its context is too short, or it lacks tokens.
         speedup: time per token of plain / of speculative decoding, once the prompt is in the caches; median of prompts.
         speedup_quartiles: of the same ratios; None for a single prompt.
         speedup_with_prompt: the same, with the time that the prompt takes (the draft reads it as well).
@@ -223,8 +223,8 @@ class Contest:
         )
 
     def _alone(self, ask: Ask, number: int) -> Decoded | None:
-        """The draft's own text, as far as its context goes."""
-        if self.draft is None:
+        """The draft's own text, as far as its context goes; None where it cannot read the prompt."""
+        if self.draft is None or max(ask.tokens) >= self.draft.vocab_size:
             return None
         room = min(self.settings.max_new_tokens, self.draft.context_length - len(ask.tokens) + 1)
         if room < 1:

@@ -76,20 +76,21 @@ def divergence(
 def evaluated(target: Session, prompt: Sequence[int], text: Sequence[int], width: int) -> np.ndarray:
     """The target's logits from the prompt's last token on, float32 `[tokens, vocabulary]`, `width` tokens at a time.
 
-    The first piece is what remains, so that the last token is always in a whole one.
+    The last piece is filled up, as a round's is with drafted tokens, so that a short text is computed like a long one.
     """
     target.rewind(0)
     start = len(prompt) - 1
     if start:
         target.append(text[:start], "none")
-    rest = len(text) - start
-    cuts = [start, *range(start + (rest % width or width), len(text) + 1, width)]
+    rest = list(text[start:])
+    count = len(rest)
+    rest += [rest[-1]] * min(-count % width, target.context_length - len(text))
     parts = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
-        rows = target.append(text[begin:end], "all")
+    for begin in range(0, len(rest), width):
+        rows = target.append(rest[begin : begin + width], "all")
         assert rows is not None
         parts.append(rows)
-    return np.concatenate(parts)
+    return np.concatenate(parts)[:count]
 
 
 def _with_end(decoded: Decoded) -> list[int]:
