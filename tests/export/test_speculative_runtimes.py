@@ -180,9 +180,9 @@ def test_padding_of_a_gguf_file_is_none(tiny_model: Callable[[str], Path], write
 
 def test_another_tokenizer_is_refused(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("def f")
-    with pytest.raises(RecipeError, match="token 1 is not the same") as stop:
+    with pytest.raises(RecipeError, match="token 0 is not the same") as stop:
         speculate(TEACHER, tiny_model("llama"), prompts=tmp_path / "prompts.txt", threads=1)
-    assert stop.value.code == "EW-800"
+    assert (stop.value.code, stop.value.found) == ("EW-800", repr("<|end|>"))
 
 
 def test_the_verb_end_to_end(first_layer: Path, tmp_path: Path) -> None:
