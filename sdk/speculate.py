@@ -166,34 +166,34 @@ def speculate(
     settings.sampler(0)  # what makes no sense is said before a model is opened
     texts = _prompts(prompts, limit)
     ratio = None if draft is None else _cost_ratio(Path(target), Path(draft))
+    draft_runtime: str | None
     with open_session(Path(target), threads=threads) as judge:
         check_session(judge, "target")
         asks, cut = _asks(judge, texts, max_new_tokens, max_prompt_tokens)
         if draft is None:
             contest = Contest(judge, None, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=None)
             contest.run(asks, say=say)
-            runtimes, notes = (judge.runtime, None), cut
+            draft_runtime, notes = None, []
         else:
             from edgewright.vocabulary import check_draft
 
             with open_session(Path(draft), threads=threads) as helper:
                 check_session(helper, "draft")
-                notes = [*check_draft(judge, helper), *cut]
+                draft_runtime, notes = helper.runtime, check_draft(judge, helper)
                 contest = Contest(judge, helper, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=ratio)
                 contest.run(asks, say=say)
-                runtimes = (judge.runtime, helper.runtime)
         rows = contest.rows()
         return Speculation(
             target=Path(target),
             draft=None if draft is None else Path(draft),
-            runtimes=runtimes,
+            runtimes=(judge.runtime, draft_runtime),
             settings=settings,
             machine=describe_machine(threads=available_cores() if threads is None else threads),
             cost_ratio=ratio,
             measured_cost_ratio=contest.measured_cost_ratio(),
             rows=tuple(rows),
             divergences=tuple(_partings(contest)),
-            notes=tuple(notes),
+            notes=(*notes, *cut),
             warnings=tuple(_warnings(rows)),
         )
 
