@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -152,6 +153,7 @@ def speculate(
     from edgewright.export.runtimes import open_session
     from edgewright.speculative.contest import Contest, Settings
     from edgewright.speculative.trouble import check_session
+    from edgewright.vocabulary import check_draft
 
     gammas = _gammas(gamma)
     _check_numbers(draft, ngram, max_new_tokens, max_prompt_tokens, limit)
@@ -166,34 +168,28 @@ def speculate(
     settings.sampler(0)  # what makes no sense is said before a model is opened
     texts = _prompts(prompts, limit)
     ratio = None if draft is None else _cost_ratio(Path(target), Path(draft))
-    draft_runtime: str | None
-    with open_session(Path(target), threads=threads) as judge:
+    with ExitStack() as stack:
+        judge = stack.enter_context(open_session(Path(target), threads=threads))
         check_session(judge, "target")
-        asks, cut = _asks(judge, texts, max_new_tokens, max_prompt_tokens)
-        if draft is None:
-            contest = Contest(judge, None, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=None)
-            contest.run(asks, say=say)
-            draft_runtime, notes = None, []
-        else:
-            from edgewright.vocabulary import check_draft
-
-            with open_session(Path(draft), threads=threads) as helper:
-                check_session(helper, "draft")
-                draft_runtime, notes = helper.runtime, check_draft(judge, helper)
-                contest = Contest(judge, helper, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=ratio)
-                contest.run(asks, say=say)
+        asks, notes = _asks(judge, texts, max_new_tokens, max_prompt_tokens)
+        helper = None if draft is None else stack.enter_context(open_session(Path(draft), threads=threads))
+        if helper is not None:
+            check_session(helper, "draft")
+            notes = [*check_draft(judge, helper), *notes]
+        contest = Contest(judge, helper, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=ratio)
+        contest.run(asks, say=say)
         rows = contest.rows()
         return Speculation(
             target=Path(target),
             draft=None if draft is None else Path(draft),
-            runtimes=(judge.runtime, draft_runtime),
+            runtimes=(judge.runtime, None if helper is None else helper.runtime),
             settings=settings,
             machine=describe_machine(threads=available_cores() if threads is None else threads),
             cost_ratio=ratio,
             measured_cost_ratio=contest.measured_cost_ratio(),
             rows=tuple(rows),
             divergences=tuple(_partings(contest)),
-            notes=(*notes, *cut),
+            notes=tuple(notes),
             warnings=tuple(_warnings(rows)),
         )
 
