@@ -1,6 +1,7 @@
 """The stage of type `generate`: a teacher's own continuations, written as a corpus that later stages train on.
 
-    stages/NAME/corpus/  generated.jsonl: {"text", "prompt", "temperature", "ids"}, one document a line
+    stages/NAME/corpus/  generated.jsonl: {"text", "prompt", "temperature", "ids", "new"}, one document a line; the last
+                         `new` of its ids were written, those before them are the prompt
                          train.bin, index.json: the same, packed; the teacher's own tokens, not tokenized again
                          pieces/: what is done so far, each file whole or not there
 
@@ -257,7 +258,13 @@ class _Writing:
             text = self.encoder.tokenizer.decode(ids, skip_special_tokens=False)
             writer.begin(len(text.encode()))
             writer.add(np.array(ids, self.encoder.dtype))
-            yield {"text": text, "prompt": task.prompt.name, "temperature": task.temperature, "ids": ids}
+            yield {
+                "text": text,
+                "prompt": task.prompt.name,
+                "temperature": task.temperature,
+                "ids": ids,
+                "new": len(new),
+            }
 
     def _write_text(self, documents: Iterator[dict[str, Any]]) -> None:
         temporary = self.folder / f".{TEXT}.tmp"

@@ -95,7 +95,7 @@ class GenerateStageConfig(BaseModel):
 
 
 class GeneratedTextConfig(BaseModel):
-    """Text that an earlier stage of type `generate` wrote, mixed into the training data."""
+    """Text that an earlier stage of type `generate` wrote, or one of type `text` read, mixed into the training data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stage: str

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from edgewright.compress.cache_config import CacheStageConfig
     from edgewright.compress.generate_config import GenerateStageConfig
+    from edgewright.compress.text_stage import TextStageConfig
     from edgewright.export.lattice import LatticeTensor
     from edgewright.preview import Preview
     from edgewright.recipe import AnyStageConfig, ExportConfig, Recipe, StageConfig
@@ -130,8 +131,7 @@ class _Checker:
         for directory in sorted(set(self._models())):
             self._try(f"model {directory.name}", partial(self._model, directory))
         for stage in self.recipe.stages:
-            look = partial(self._stage, stage) if stage.type == "train" else partial(self._making, stage)
-            self._try(f"stage {stage.name}", look)
+            self._try(f"stage {stage.name}", self._look_at(stage))
         self._try("disk", self._disk)
         if show_batch and self.recipe.trainings:
             self._try("batch", self._show)
@@ -142,6 +142,11 @@ class _Checker:
             errors=tuple(self.errors),
             batch=self.batch,
         )
+
+    def _look_at(self, stage: AnyStageConfig) -> Callable[[], Iterator[str]]:
+        if stage.type == "train":
+            return partial(self._stage, stage)
+        return partial(self._reading, stage) if stage.type == "text" else partial(self._making, stage)
 
     def _show(self) -> Iterator[str]:
         """The first batch, and as notes what was said while the corpus was prepared."""
@@ -208,10 +213,13 @@ class _Checker:
     ) -> Iterator[tuple[AnyStageConfig, str, CheckpointStudentConfig | StageStudentConfig]]:
         """Every model that a student comes from, and every teacher, with its stage and role."""
         for stage in self.recipe.stages:
-            source = source_of(stage.student) if stage.type == "train" else None
+            student = stage.student if stage.type == "train" else None
+            source = None if student is None else source_of(student)
             if source is not None:
                 yield stage, "student", source
-            for teacher in stage.teachers:
+                if isinstance(student, DerivedStudentConfig) and student.speaks != source:
+                    yield stage, "target", student.speaks
+            for teacher in dict.fromkeys((*stage.teachers, *(stage.judges if stage.type == "train" else ()))):
                 yield stage, "teacher", teacher
 
     def _model(self, directory: Path) -> Iterator[str]:
@@ -245,11 +253,23 @@ class _Checker:
         if isinstance(stage.student, DerivedStudentConfig) and count is not None:
             yield from stage.student.notes(self.recipe, stage, count)
         for owner, role, config in self._taught():
-            crosses = role == "teacher" and stage.objective.type == "distill" and stage.objective.crosses_tokenizers
+            crosses = role == "teacher" and stage.lesson.type == "distill" and stage.lesson.crosses_tokenizers
+            made = stage.student if role == "student" and isinstance(stage.student, DerivedStudentConfig) else None
+            if made is not None and made.speaks != made.source:
+                continue
             if owner is stage and config.type == "checkpoint" and config.model in self.sound and not crosses:
                 yield from self._same_tokens(config.model, f"{role} of stage {stage.name}")
         if ahead is not None:
             self._look_at_lattice(stage, ahead)
+
+    def _reading(self, stage: TextStageConfig) -> Iterator[str]:
+        """A stage that brings more text: whether it is there."""
+        from edgewright.data import FilesData, iterate_documents
+
+        source = FilesData(**stage.model_dump(exclude={"type", "name"}))
+        files = source.fingerprint()
+        pieces = list(islice(iterate_documents(source), FIRST_PIECES))
+        yield f"text, {len(files)} files; the first {len(pieces)} documents can be read"
 
     def _making(self, stage: CacheStageConfig | GenerateStageConfig) -> Iterator[str]:
         """A stage that trains nothing: whether its teachers speak the data's tokens, and what it will make."""
@@ -274,7 +294,7 @@ class _Checker:
         Raises:
             BadInput: EW-791, EW-793. RecipeError: EW-781, EW-797.
         """
-        objective = stage.objective
+        objective = stage.lesson
         if objective.type == "distill" and objective.teacher.type == "cache" and objective.teacher.path is not None:
             from edgewright.compress.cache import check_pieces, read_manifest
             from edgewright.recipe_rules import check_cache
@@ -313,7 +333,7 @@ class _Checker:
 
     def _says_more(self, stage: StageConfig) -> bool:
         """Whether there is more to see of a stage than its numbers."""
-        inside = stage.objective.type == "distill" and stage.objective.depends_on_shapes
+        inside = stage.lesson.type == "distill" and stage.lesson.depends_on_shapes
         made = isinstance(stage.student, DerivedStudentConfig)
         cut = any(export.size for export in self.recipe.exports if export.model == stage.name)
         return bool(stage.methods) or stage.optimizer.chooses or inside or made or cut

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 
 
 def start_notes(recipe: Recipe, stage: StageConfig) -> list[str]:
-    """A line for each thing that a stage starts with and does not use, or uses and does not have."""
+    """A line for each thing that a stage starts with and does not use, or uses and does not have, and for an alignment
+    its loss."""
+    return [*_lesson_notes(stage), *_start_notes(recipe, stage)]
+
+
+def _lesson_notes(stage: StageConfig) -> Iterator[str]:
+    """Which loss an alignment chose, and why."""
+    if stage.objective.type == "align":
+        yield stage.objective.note()
+
+
+def _start_notes(recipe: Recipe, stage: StageConfig) -> list[str]:
     start = stage.student
     if start.type == "preset":
         return [

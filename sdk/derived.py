@@ -1,4 +1,4 @@
-"""Students that are made from another model: pruned from a larger one, or grown from a smaller one.
+"""Students that are made from another model: pruned from a larger one, grown from a smaller one, or a draft of one.
 
 `stages/NAME/start/` is what was made, an ordinary Hugging Face directory, with `start.json` in it, which says how. It
 is made once, before the first step, and a run that goes on finds it there.
@@ -20,6 +20,7 @@ from edgewright.files import disk_errors, sync_directory, sync_tree, write_json
 from edgewright.student import CheckpointStudentConfig, StageStudentConfig, without_progress_bars
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -40,6 +41,10 @@ class Calibration:
     device: torch.device
     rows: int
     """Sequences at once."""
+    source: Path
+    """The directory of the model that is looked at."""
+    counts: Callable[[], np.ndarray]
+    """[V] how often each token comes in the text that the stage adds to the recipe's own, else in that."""
 
     def inputs(self, sequences: int) -> Iterator[ModelInputs]:
         """The first so many training sequences, or all where there are fewer; the same ones each time."""
@@ -68,6 +73,14 @@ class DerivedStudentConfig(BaseModel):
     source: Source
     """What it is made from: {type: checkpoint, model: DIRECTORY} or {type: stage, stage: NAME}."""
 
+    def open_source(self, directory: Path, device: torch.device) -> PreTrainedModel:
+        """The model that it is made from, with its weights, on a device."""
+        from edgewright.student import load_model
+
+        model: Any = load_model(directory)
+        opened: PreTrainedModel = model.to(device)
+        return opened
+
     @abstractmethod
     def architecture(self, source: PretrainedConfig) -> PretrainedConfig:
         """The configuration of what will be made.
@@ -79,6 +92,11 @@ class DerivedStudentConfig(BaseModel):
     @abstractmethod
     def derive(self, source: PreTrainedModel, calibration: Calibration, seed: int) -> Derived:
         """Make it. `source` is used up."""
+
+    @property
+    def speaks(self) -> CheckpointStudentConfig | StageStudentConfig:
+        """The model whose tokens what is made will have: those of the data."""
+        return self.source
 
     @property
     @abstractmethod
@@ -119,6 +137,7 @@ def start_directory(
     recipe: Recipe,
     stage: StageConfig,
     corpus: Corpus,
+    counts: Callable[[], np.ndarray],
     say: Callable[[str], None],
 ) -> Path:
     """Make the model that a stage starts from, or find that it is there.
@@ -126,6 +145,7 @@ def start_directory(
     Args:
         source: model directory.
         folder: the stage's own directory.
+        counts: as `Calibration.counts`.
 
     Raises:
         RecipeError: as `DerivedStudentConfig.check`. OutOfResources: EW-401.
@@ -134,13 +154,13 @@ def start_directory(
 
     from edgewright.export.tokenizer_files import write_tokenizer
     from edgewright.export.weight_hash import weights_sha256
-    from edgewright.student import load_model
     from edgewright.weights import plain_state_dict
 
     target = folder / "start"
     if target.exists():
         return target
-    model = load_model(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = config.open_source(source, device)
     before = sum(parameter.numel() for parameter in model.parameters())
     config.check(model)
     text = Calibration(
@@ -151,10 +171,11 @@ def start_directory(
             start_id=corpus.start_id,
             eos_id=corpus.eos_id,
         ),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         rows=stage.training.per_device_train_batch_size,
+        source=source,
+        counts=counts,
     )
-    model.to(text.device)  # type: ignore[arg-type]
     derived = config.derive(model, text, recipe.seed_of(stage))
     after = sum(parameter.numel() for parameter in derived.model.parameters())
     temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")

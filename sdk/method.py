@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import numpy as np
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -99,6 +100,15 @@ class Method(ABC):
             What is stored how, in a sentence; None where nothing is.
         """
         return None
+
+    def read_text(self, counts: Callable[[], np.ndarray], eos_id: int) -> None:  # noqa: B027 - an optional hook
+        """Called before `prepare` in a run; not in a plan, which has no text.
+
+        Args:
+            counts: gives [V], how often each token comes in the text that the stage adds to the recipe's own
+                (`generated`), where it adds none in that.
+            eos_id: the token that ends a document.
+        """
 
     @abstractmethod
     def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:

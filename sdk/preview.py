@@ -99,7 +99,10 @@ def check_starts(recipe: Recipe, stage: StageConfig) -> None:
         RecipeError: EW-707, EW-712, as `student.check_head` does of the model with its weights.
         BadInput, Unsafe: the directory is no model.
     """
-    starts = [("start", source_of(stage.student)), *(("teacher", teacher) for teacher in stage.teachers)]
+    starts = [
+        ("start", source_of(stage.student)),
+        *(("teacher", teacher) for teacher in (*stage.teachers, *stage.judges)),
+    ]
     for role, start in starts:
         if isinstance(start, CheckpointStudentConfig):
             check_head_of_family(stored_architecture(start.model), f"{role} of stage {stage.name}")
@@ -116,7 +119,7 @@ def check_lessons(stage: StageConfig, student: PreTrainedModel, left: Mapping[st
     """
     from edgewright.compress.distill import DistillConfig
 
-    objective = stage.objective
+    objective = stage.lesson
     if not isinstance(objective, DistillConfig) or not objective.depends_on_shapes:
         return
     for teacher in stage.teachers:

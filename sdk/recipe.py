@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from edgewright import recipe_shape as shape
+from edgewright.compress.align import AlignConfig, check_alignments
 from edgewright.compress.cache_config import CacheStageConfig
 from edgewright.compress.distill import DistillConfig
+from edgewright.compress.draft import DraftStudentConfig
+from edgewright.compress.draft_head import DraftHeadConfig
+from edgewright.compress.draft_vocabulary import DraftVocabularyConfig
 from edgewright.compress.elastic import ElasticConfig
 from edgewright.compress.generate_config import GeneratedTextConfig, GenerateStageConfig
 from edgewright.compress.granet import GranetConfig
@@ -33,6 +37,7 @@ from edgewright.compress.sltrain import SLTrainConfig
 from edgewright.compress.sparse import SparseConfig
 from edgewright.compress.teacher_config import CachedTeacherConfig, ModelTeacherConfig, TeacherConfig
 from edgewright.compress.ternary import TernaryConfig
+from edgewright.compress.text_stage import TextStageConfig
 from edgewright.data import DataConfig
 from edgewright.errors import RecipeError, RecipeErrors
 from edgewright.objective import NextTokenConfig
@@ -48,7 +53,7 @@ from edgewright.optim.projected_config import (
 )
 from edgewright.optim.q_galore_config import QGaLoreConfig
 from edgewright.overrides import apply_overrides
-from edgewright.paths import Name
+from edgewright.paths import Name, RecipePath
 from edgewright.recipe_errors import problems, untagged
 from edgewright.recipe_rules import (
     check_caches,
@@ -60,6 +65,7 @@ from edgewright.recipe_rules import (
 )
 from edgewright.schedule import CosineConfig, ScheduleConfig
 from edgewright.student import CheckpointStudentConfig, PresetStudentConfig, StageStudentConfig
+from edgewright.target import put_target
 from edgewright.training import BudgetConfig, TrainingConfig
 from edgewright.yaml_positions import MAX_BYTES, Document, Mark, Problem, Tree, parse_yaml
 from edgewright.yaml_positions import Path as TreePath
@@ -69,12 +75,19 @@ if TYPE_CHECKING:
     from edgewright.stage_work import StageWork
 
 StudentConfig = Annotated[
-    PresetStudentConfig | CheckpointStudentConfig | StageStudentConfig | PrunedStudentConfig | GrownStudentConfig,
+    PresetStudentConfig
+    | CheckpointStudentConfig
+    | StageStudentConfig
+    | PrunedStudentConfig
+    | GrownStudentConfig
+    | DraftStudentConfig
+    | DraftVocabularyConfig,
     Field(discriminator="type"),
 ]
-ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig | SandwichConfig, Field(discriminator="type")]
+ObjectiveConfig = Annotated[NextTokenConfig | DistillConfig | SandwichConfig | AlignConfig, Field(discriminator="type")]
 MethodConfig = Annotated[
-    ElasticConfig
+    DraftHeadConfig
+    | ElasticConfig
     | GranetConfig
     | IntegerConfig
     | LoraConfig
@@ -122,7 +135,7 @@ class StageConfig(_Section):
     budget: BudgetConfig
     training: TrainingConfig = TrainingConfig()
     generated: GeneratedTextConfig | None = None
-    """Text that an earlier stage wrote, mixed into the data; null: the recipe's data alone."""
+    """Text that an earlier stage wrote or read, mixed into the data; null: the recipe's data alone."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Of the first weights, the order of the data and all else that is random; null: the recipe's."""
 
@@ -133,9 +146,20 @@ class StageConfig(_Section):
         return self
 
     @property
+    def lesson(self) -> NextTokenConfig | DistillConfig | SandwichConfig:
+        """The objective that is trained: an alignment as what it stands for."""
+        return self.objective.lesson() if isinstance(self.objective, AlignConfig) else self.objective
+
+    @property
     def teacher(self) -> TeacherConfig | None:
         """Where its targets come from; None where it learns from the text alone."""
-        return self.objective.teacher if isinstance(self.objective, DistillConfig) else None
+        lesson = self.lesson
+        return lesson.teacher if isinstance(lesson, DistillConfig) else None
+
+    @property
+    def judges(self) -> tuple[ModelTeacherConfig, ...]:
+        """The models by which it is measured when it is trained, and which need not teach it."""
+        return (self.objective.teacher,) if isinstance(self.objective, AlignConfig) else ()
 
     @property
     def teachers(self) -> tuple[ModelTeacherConfig, ...]:
@@ -166,7 +190,8 @@ def _stage_type(stage: Any) -> str:
 AnyStageConfig = Annotated[
     Annotated[StageConfig, Tag("train")]
     | Annotated[CacheStageConfig, Tag("cache")]
-    | Annotated[GenerateStageConfig, Tag("generate")],
+    | Annotated[GenerateStageConfig, Tag("generate")]
+    | Annotated[TextStageConfig, Tag("text")],
     Discriminator(_stage_type),
     shape.Usual("train"),
 ]
@@ -233,6 +258,8 @@ class Recipe(_Section):
     """The run directory, relative to the working directory; None: runs/NAME."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of everything that is random."""
+    target: RecipePath | None = None
+    """The model that a draft is made for: it stands wherever a path of the recipe is the word `target`."""
     data: DataConfig
     stages: tuple[AnyStageConfig, ...] = Field(min_length=1)
     exports: tuple[ExportConfig, ...] = ()
@@ -309,7 +336,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeErrors(_positioned(path, document, {}, document.problems))
     tree = document.tree
     origins, found = apply_overrides(tree, overrides)
-    found = [*document.problems, *found]
+    found = [*document.problems, *found, *put_target(Recipe, tree, path.parent.absolute(), Path.cwd(), origins)]
     rules = check_rules(tree, path.parent.absolute(), Path.cwd(), origins)
     found += rules
     _resolve_paths(tree, path.parent.absolute(), origins)
@@ -320,7 +347,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except ValidationError as error:
         found += problems(error, Recipe, tree)
     if recipe is not None and not found:
-        for rule in (check_factors, check_caches, check_offers, check_hidden_tokens, check_written):
+        for rule in (check_factors, check_caches, check_offers, check_hidden_tokens, check_written, check_alignments):
             found += rule(recipe)
     if found or recipe is None:
         raise RecipeErrors(_positioned(path, document, origins, found))

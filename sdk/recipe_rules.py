@@ -58,20 +58,20 @@ def check_caches(recipe: Recipe) -> Iterator[Problem]:
     """Losses that cannot use what their stage's cache will hold (EW-781), or soften it otherwise (EW-797)."""
     caches = {stage.name: stage for stage in recipe.stages if stage.type == "cache"}
     for index, stage in enumerate(recipe.stages):
-        if stage.type != "train" or stage.objective.type != "distill" or stage.objective.teacher.type != "cache":
+        if stage.type != "train" or stage.lesson.type != "distill" or stage.lesson.teacher.type != "cache":
             continue
-        cache = caches.get(stage.objective.teacher.stage or "")
+        cache = caches.get(stage.lesson.teacher.stage or "")
         if cache is not None:
-            yield from _unusable(stage.objective, cache.targets.type, cache.temperature, ("stages", index, "objective"))
+            yield from _unusable(stage.lesson, cache.targets.type, cache.temperature, ("stages", index, "objective"))
 
 
 def check_offers(recipe: Recipe) -> Iterator[Problem]:
     """Losses that cannot use what the models of their stage's teacher give together (EW-781)."""
     for index, stage in enumerate(recipe.stages):
-        if stage.type != "train" or stage.objective.type != "distill" or stage.objective.teacher.type == "cache":
+        if stage.type != "train" or stage.lesson.type != "distill" or stage.lesson.teacher.type == "cache":
             continue
-        offered = stage.objective.offered
-        for number, loss in enumerate(stage.objective.losses or ()):
+        offered = stage.lesson.offered
+        for number, loss in enumerate(stage.lesson.losses or ()):
             if loss.accepts and not set(loss.accepts) & set(offered):
                 crossed = "beside uld a teacher reads other tokens, of which the other losses know nothing: "
                 yield Problem(
@@ -80,7 +80,7 @@ def check_offers(recipe: Recipe) -> Iterator[Problem]:
                     path=("stages", index, "objective", "losses", number),
                     expected=f"a teacher that gives {' or '.join(loss.accepts)}",
                     found=" and ".join(offered),
-                    fix=(crossed if stage.objective.crosses_tokenizers else "") + "leave it out, or take another loss",
+                    fix=(crossed if stage.lesson.crosses_tokenizers else "") + "leave it out, or take another loss",
                 )
 
 
@@ -88,9 +88,9 @@ def check_hidden_tokens(recipe: Recipe) -> Iterator[Problem]:
     """Spans of hidden tokens that are longer than all that is to be hidden of a sequence (EW-113)."""
     length = recipe.data.sequence_length
     for index, stage in enumerate(recipe.stages):
-        if stage.type != "train" or stage.objective.type != "distill":
+        if stage.type != "train" or stage.lesson.type != "distill":
             continue
-        for number, loss in enumerate(stage.objective.losses or ()):
+        for number, loss in enumerate(stage.lesson.losses or ()):
             if loss.function == "had" and loss.span > (most := loss.longest_span(length)):
                 yield Problem(
                     code="EW-113",
@@ -102,12 +102,12 @@ def check_hidden_tokens(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_written(recipe: Recipe) -> Iterator[Problem]:
-    """Stages that write running text for data of examples (EW-798): its prompts would be learned like answers."""
+    """Stages that bring running text to data of examples (EW-798): its prompts would be learned like answers."""
     for index, stage in enumerate(recipe.stages):
-        if stage.type == "generate" and not recipe.data.layout.running_text:
+        if stage.type in ("generate", "text") and not recipe.data.layout.running_text:
             yield Problem(
                 code="EW-798",
-                what=f"stage {stage.name} would write running text, and the data are examples",
+                what=f"stage {stage.name} would bring running text, and the data are examples",
                 path=("stages", index, "type"),
                 expected="data of running text",
                 found=f"data of the type {recipe.data.type}",
@@ -204,15 +204,16 @@ def _unique_names(tree: Tree, key: str) -> Iterator[Problem]:
             seen.add(name)
 
 
-REFERENCES: tuple[tuple[TreePath, str | None, str], ...] = (
-    (("student",), "stage", "train"),
-    (("student", "source"), "stage", "train"),
-    (("objective", "teacher"), "stage", "train"),
-    (("objective", "teacher"), "cache", "cache"),
-    (("teacher",), "stage", "train"),
-    (("generated",), None, "generate"),
+TRAIN = ("train",)
+REFERENCES: tuple[tuple[TreePath, str | None, tuple[str, ...]], ...] = (
+    (("student",), "stage", TRAIN),
+    (("student", "source"), "stage", TRAIN),
+    (("objective", "teacher"), "stage", TRAIN),
+    (("objective", "teacher"), "cache", ("cache",)),
+    (("teacher",), "stage", TRAIN),
+    (("generated",), None, ("generate", "text")),
 )
-"""Sections of a stage that name another one: where, of which `type` (None: of any), and what type that stage has."""
+"""Sections of a stage that name another one: where, of which `type` (None: any), and what types that stage may have."""
 
 
 def _named(stages: list[dict[str, Any]], kind: str) -> list[str]:
@@ -233,7 +234,7 @@ def _stage_references(tree: Tree) -> Iterator[Problem]:
             name = section.get("stage")
             if not isinstance(name, str):
                 continue
-            fitting = [stage for stage in stages if stage.get("type", "train") == needed]
+            fitting = [stage for stage in stages if stage.get("type", "train") in needed]
             earlier = [
                 stage["name"] for stage in stages[:index] if stage in fitting and isinstance(stage.get("name"), str)
             ]
@@ -244,17 +245,17 @@ def _stage_references(tree: Tree) -> Iterator[Problem]:
                 yield _bad_reference(name, (*path, "stage"), earlier, later, needed)
 
 
-def _references(stage: dict[str, Any]) -> Iterator[tuple[TreePath, str | None, str]]:
+def _references(stage: dict[str, Any]) -> Iterator[tuple[TreePath, str | None, tuple[str, ...]]]:
     """`REFERENCES`, and the members of ensembles."""
     yield from REFERENCES
     for inner in (("objective", "teacher"), ("teacher",)):
         members = at(stage, (*inner, "members"))
         for number in range(len(members) if isinstance(members, list) else 0):
-            yield (*inner, "members", number), "stage", "train"
+            yield (*inner, "members", number), "stage", TRAIN
 
 
-def _bad_reference(name: str, path: TreePath, earlier: list[str], later: list[str], needed: str) -> Problem:
-    kind = "stage" if needed == "train" else f"stage of type {needed}"
+def _bad_reference(name: str, path: TreePath, earlier: list[str], later: list[str], needed: tuple[str, ...]) -> Problem:
+    kind = "stage" if needed == TRAIN else f"stage of type {' or '.join(needed)}"
     what = f"{dotted(path)} names a stage that comes later" if name in later else f"{dotted(path)} names no {kind}"
     expected = f"an earlier {kind}: " + ", ".join(earlier) if earlier else f"an earlier {kind}, and there is none"
     fix = "move that stage before this one" if name in later else did_you_mean(name, earlier)

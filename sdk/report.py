@@ -134,6 +134,7 @@ def _page(run: RunRecord) -> dict[str, Any]:
         "proved": [row for row in rows if row.proved],
         "gate_columns": view.GATE_COLUMNS,
         "checkpoints": view.checkpoints(run),
+        "drafts": view.drafts(run),
         "devices": view.devices(run),
         "stages": stages,
         "compared": view.compared(run),

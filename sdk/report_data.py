@@ -123,6 +123,8 @@ class StageResult(Part):
     seconds: Number = None
     methods: dict[str, dict[str, float]] = Field(default_factory=dict)
     """What each method changed, in numbers."""
+    draft: dict[str, Any] | None = None
+    """What `draft.json` says, of a stage that aligned a draft."""
 
 
 class Results(Part):

@@ -268,6 +268,22 @@ def checkpoints(run: RunRecord) -> list[dict[str, str]]:
     ]
 
 
+def drafts(run: RunRecord) -> list[dict[str, str]]:
+    """How much the targets would accept of drafts that were aligned."""
+    return [
+        {
+            "name": stage.name,
+            "runtime": str(found["runtime"]),
+            "sampled": say.share(found["acceptance_sampled"]),
+            "greedy": say.share(found["acceptance_greedy"]),
+            "agreement": say.share(found["agreement"]),
+            "tokens": f"{found['tokens']:,}",
+        }
+        for stage in run.results.stages
+        if (found := stage.draft) is not None
+    ]
+
+
 def devices(run: RunRecord) -> list[dict[str, str]]:
     """One row for each file that was measured on another device."""
     return [

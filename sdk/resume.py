@@ -95,7 +95,7 @@ def _portable(value: Any) -> Any:
             return {**value, "model": _weights_hash(Path(value["model"]))}
         if value.get("type") == "cache" and value.get("path"):
             return {**value, "path": read_manifest(Path(value["path"]))["fingerprint"]}
-        if value.get("type") == "files" and "files" in value:
+        if value.get("type") in ("files", "text") and "files" in value:
             patterns = value["files"]
             found = find((patterns,) if isinstance(patterns, str) else tuple(patterns))
             return {**value, "files": [sha256_file(path) for _, path in found]}

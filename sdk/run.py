@@ -290,6 +290,7 @@ class _Run:
             "disk_used": disk_used(self.directory),
             "stages": [
                 {"name": s.name, "steps": s.steps, "tokens": s.tokens, "seconds": s.seconds, "methods": s.methods}
+                | ({} if s.draft is None else {"draft": s.draft})
                 for s in stages.values()
             ],
         }

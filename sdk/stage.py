@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +38,17 @@ from edgewright.weights import check_weights, hold_weights_as, plain_state_dict,
 from edgewright.world import ALONE, World
 
 if TYPE_CHECKING:
+    import numpy as np
+    import torch
     from transformers import PreTrainedModel
 
     from edgewright.data import Batches, Corpus, TokenStream
     from edgewright.objective import Objective
     from edgewright.recipe import MethodConfig, Recipe, StageConfig
+
+
+COUNTED_AT_ONCE = 1 << 24
+"""Tokens of a text that are in memory while they are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,8 @@ class StageResult:
     parameters: int
     methods: dict[str, dict[str, float]]
     decisions: dict[str, Any]
+    draft: dict[str, Any] | None = None
+    """What `draft.json` beside the model says, where it was aligned as a draft."""
     peak_memory: int | None = None
     """Bytes above what the process had before; None where the system does not tell, or in a run of an older version."""
 
@@ -150,12 +159,15 @@ def train_stage(
         check_release(methods)
     for method in methods:
         method.check_run(steps)
+    for method in methods:
+        method.read_text(partial(_token_counts, stage, corpus, earlier), corpus.eos_id)
     _prepare(methods, model, origin, say)
     batches, held_out = (_batches(recipe, stage, corpus, stream) for stream in (corpus.train, corpus.held_out))
     packing = batches.describe()
     if packing:
         say(f"{stage.name}: {packing}")
     if stage.generated is not None:
+        _check_measurable(stage, earlier)
         text = open_generated(earlier[stage.generated.stage])
         batches = MixedBatches(batches, _batches(recipe, stage, corpus, text), stage.generated.share)
     objective = _objective(recipe, stage, model, corpus, earlier, say)
@@ -198,6 +210,7 @@ def train_stage(
     def write() -> None:
         assert trained is not None, "the main process has the whole model"
         written = _write_model(methods, trained, directory / "model", job.extra_files)
+        draft = _measure_draft(stage, written, corpus, earlier, torch.device(final.decisions["device"]), say)
         result = StageResult(
             name=stage.name,
             model=written,
@@ -207,6 +220,7 @@ def train_stage(
             parameters=parameters,
             methods={key: method.describe(trained).numbers for key, method in by_key(methods).items()},
             decisions=final.decisions,
+            draft=draft,
             peak_memory=max(final.peak_memory, peak.bytes()) if peak is not None else final.peak_memory or None,
         )
         write_json(done, {**asdict(result), "model": "model"})
@@ -272,10 +286,12 @@ def _student(
             origin = Origin(methods=before.methods, directory=directory)
     if stage.methods and (directory / SIDECAR).exists():
         say(f"note: {directory.name} is quantized already; its latent weights are lost, and rounding starts anew")
-    for note in check_same_tokens(corpus.tokenizer_dir, directory, role=f"start of stage {stage.name}"):
+    speaks = model_of(config.speaks, earlier) if isinstance(config, DerivedStudentConfig) else directory
+    for note in check_same_tokens(corpus.tokenizer_dir, speaks, role=f"start of stage {stage.name}"):
         say(f"note: {note}")
     if isinstance(config, DerivedStudentConfig):
-        directory = start_directory(config, directory, folder, recipe, stage, corpus, say)
+        counts = partial(_token_counts, stage, corpus, earlier)
+        directory = start_directory(config, directory, folder, recipe, stage, corpus, counts, say)
     ours = isinstance(config, StageStudentConfig)
     with without_load_report() if ours else nullcontext():
         model = load_model(directory)
@@ -301,6 +317,24 @@ def _student(
             fix="lower data.sequence_length",
         )
     return model, origin
+
+
+def _token_counts(stage: StageConfig, corpus: Corpus, earlier: dict[str, Path]) -> np.ndarray:
+    """How often each token comes in the text that a stage adds to the recipe's own, else in that; [V].
+
+    The token that only starts documents counts for nothing: no model has to say it.
+    """
+    import numpy as np
+
+    from edgewright.compress.generate import open_generated
+
+    text = corpus.train if stage.generated is None else open_generated(earlier[stage.generated.stage])
+    counts = np.zeros(corpus.vocab_size, np.int64)
+    for begin in range(0, len(text.tokens), COUNTED_AT_ONCE):
+        counts += np.bincount(text.tokens[begin : begin + COUNTED_AT_ONCE], minlength=corpus.vocab_size)
+    if corpus.start_id != corpus.eos_id:
+        counts[corpus.start_id] = 0
+    return counts
 
 
 def _within_budget(
@@ -347,7 +381,7 @@ def _objective(
     from edgewright.objective import NextTokenConfig
     from edgewright.preview import stored_architecture
 
-    config = stage.objective
+    config = stage.lesson
     if isinstance(config, NextTokenConfig | SandwichConfig):
         return config.build()
     role, source = f"teacher of stage {stage.name}", config.teacher.build(earlier, CacheKey.of(recipe.data, corpus))
@@ -412,6 +446,36 @@ def _write_model(
     os.rename(temporary, target)
     sync_directory(target.parent)
     return target
+
+
+def _check_measurable(stage: StageConfig, earlier: dict[str, Path]) -> None:
+    """Refuse an alignment whose draft could not be measured, before it is trained (EW-846)."""
+    from edgewright.compress.acceptance import held_out_texts
+    from edgewright.compress.align import AlignConfig
+
+    if isinstance(stage.objective, AlignConfig) and stage.generated is not None:
+        held_out_texts(stage.objective, earlier[stage.generated.stage], earlier)
+
+
+def _measure_draft(
+    stage: StageConfig,
+    model: Path,
+    corpus: Corpus,
+    earlier: dict[str, Path],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The acceptance of a draft that was aligned, which lies beside it from then on."""
+    from edgewright.compress.acceptance import summary, write_draft_json
+    from edgewright.compress.align import AlignConfig
+
+    if not isinstance(stage.objective, AlignConfig):
+        return None
+    assert stage.generated is not None, "the recipe was checked"
+    generated = earlier[stage.generated.stage]
+    found = write_draft_json(model, stage.objective, generated, earlier, corpus.start_id, device)
+    say(f"{stage.name}: {summary(found)}")
+    return found
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from edgewright.compress.cache import read_manifest
 from edgewright.compress.cache_config import CacheStageConfig, TopKConfig
 from edgewright.compress.cache_format import Layout
 from edgewright.compress.teacher_config import CachedTeacherConfig
+from edgewright.derived import DerivedStudentConfig
 from edgewright.method import can_compile
 from edgewright.planner.simulate import Case
 from edgewright.planner.teachers import as_held, stored, stored_teacher
@@ -57,6 +58,8 @@ def stage_models(recipe: Recipe, vocab_size: int) -> Iterator[tuple[StageConfig,
         else:
             student = architecture(recipe, stage, vocab_size, left)
         notes = [note for model in (student, *teachers) for note in _dense(model)]
+        if isinstance(stage.student, DerivedStudentConfig):
+            notes += stage.student.notes(recipe, stage, sum(parameter.numel() for parameter in student.parameters()))
         yield (
             stage,
             StageModels(

@@ -95,11 +95,12 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     methods = [config.build() for config in stage.methods]
     for method in methods:
         method.prepare(model)
-    if isinstance(stage.objective, NextTokenConfig | SandwichConfig):
-        objective: Any = stage.objective.build()
+    lesson = stage.lesson
+    if isinstance(lesson, NextTokenConfig | SandwichConfig):
+        objective: Any = lesson.build()
     else:
         key = CacheKey(tokens="", tokenizer="", sequence_length=0, restart_at_documents=True)  # of no cache
-        objective = stage.objective.build(stage.objective.teacher.build({}, key))
+        objective = lesson.build(lesson.teacher.build({}, key))
     objective.attach(model)
     settings = stage.training
     module = TrainingModule(model, objective, getattr(torch, decisions["precision"]))

@@ -280,7 +280,7 @@ def _weightless(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _objective(case: Case, teachers: list[PreTrainedModel], ledger: Ledger) -> Objective:
-    config = case.stage.objective
+    config = case.stage.lesson
     if config.type == "next_token" or config.type == "sandwich":
         return config.build()
     before: list[str] = []

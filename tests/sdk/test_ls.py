@@ -88,7 +88,7 @@ def test_targets_are_those_of_export_with_what_each_width_holds() -> None:
 
 def test_students_are_what_a_recipe_can_start_from() -> None:
     found = entries("students")
-    assert list(found) == ["preset", "checkpoint", "stage", "pruned", "grown"]
+    assert list(found) == ["preset", "checkpoint", "stage", "pruned", "grown", "draft", "draft_vocabulary"]
     assert found["pruned"]["paper"] == "arXiv:2407.14679" and found["grown"]["paper"] == "arXiv:2110.07143"
     methods = {option["name"]: option["choices"] for option in found["grown"]["options"]}["method"]
     assert methods == ["function_preserving", "advanced", "stack"]
