@@ -19,8 +19,8 @@ STORIES = ("tinystories/train_prefix_2MiB.txt.xz", "tinystories/v2gpt4_head_10k_
 BOOKS = ("books/children.jsonl.xz",)
 SETS = ("stories", "code", "chat")
 """Of prompts; the first is near the text of stage 1, the others are away from it."""
-LONGEST = 320
-"""Characters of a prompt: with the tokens to be written it has to fit into the context."""
+LONGEST = 180
+"""Bytes of a prompt: even with a token for each it fits into the context with what is written."""
 WRITTEN = 64
 """Tokens after each prompt."""
 SHARE = 0.08
@@ -212,7 +212,7 @@ def _some(prompts: Iterator[str], number: int, without: set[str]) -> list[str]:
     """The first so many, each once."""
     found: dict[str, None] = {}
     for prompt in prompts:
-        text = prompt[:LONGEST].rstrip(" ")
+        text = prompt.encode()[:LONGEST].decode(errors="ignore").rstrip(" ")
         if text.strip() and text not in without:
             found.setdefault(text)
         if len(found) == number:
