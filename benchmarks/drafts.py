@@ -68,7 +68,7 @@ def main() -> None:
     import drafts_table
 
     met = drafts_table.print_all(read_results(queue, places), places.results)
-    sys.exit(not (fine and met))
+    sys.exit(not (fine and (met or scale.name == "smoke")))  # what has learned nothing meets no bar
 
 
 if __name__ == "__main__":
