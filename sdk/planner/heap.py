@@ -16,8 +16,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
 MAPPED_FROM = 32 * 2**20
-SETTLED = 0.08
-"""Share of blocks before which something small settles."""
+SETTLED = 0.06
+"""Share of blocks before which something small settles: between what fp32 and bf16 trainings show, 0.04 and 0.08."""
 DRAWS = 7
 """Heaps with other places for the small objects; odd, so that the median is one of them."""
 _HEADER, _SMALL, _SPARE, _PAGE = 16, 48, 96, 4096

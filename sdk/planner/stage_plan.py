@@ -85,7 +85,10 @@ def plan_stage(recipe: Recipe, stage: StageConfig, models: StageModels, device: 
     memory, step = predict(here, device)
     limit = min((size for size in (device.memory, stage.budget.memory) if size is not None), default=None)
     if here.decisions["compile"]:
-        notes = (*notes, "memory is that of plain steps; how much less compiled ones need is in the range alone")
+        notes = (
+            *notes,
+            "compiled steps are taken to keep half of the activations; the range says how little that is known",
+        )
     return StagePlan(
         case=here,
         memory=memory,
