@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -376,7 +377,7 @@ def shortened(folder: Path, *, small: str = "") -> list[str]:
     ]
 
 
-VARIANTS = {"draft_ternary": "", "draft_int4": "", "draft_lora": "domain"}
+VARIANTS = {"draft_ternary": "", "draft_int4": "", "draft_lora": "domain", "draft_head": ""}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -391,11 +392,34 @@ def test_each_variant_runs_to_a_measured_draft(finished, tmp_path: Path, name: s
         finished[0] / "run/stages/base/model"
     )
     assert found["runtime"] == ("llamacpp" if name == "draft_int4" else "genai")
-    assert (model / "lattice.safetensors").exists() == (name != "draft_lora")
+    assert (model / "lattice.safetensors").exists() == (name in ("draft_ternary", "draft_int4"))
     assert all(type(module).__module__.startswith(("torch", "transformers")) for module in load_model(model).modules())
     said: list[str] = []
     edgewright.run(example, *overrides, say=said.append)
     assert "draft: done already" in said
+
+
+def test_a_trimmed_head_goes_on_with_the_same_tokens_and_bits(finished, tmp_path: Path) -> None:
+    """Counted on the target's own text; the run is cut off after its first step."""
+    example = Path(__file__).parents[2] / "examples/draft_head.yaml"
+    overrides = [*shortened(finished[0]), f"output_dir={tmp_path / 'run'}", "exports=[]"]
+    edgewright.run(example, *overrides, say=lambda _: None)
+    stage = tmp_path / "run/stages/draft"
+    model, before = stage / "model", weights(tmp_path / "run", "draft")
+    kept = json.loads((model / "draft_head.json").read_text())["kept"]
+    ids = np.concatenate([d.ids for d in read_written(tmp_path / "run/stages/answers/corpus")])
+    counts = np.bincount(ids, minlength=300)
+    assert len(kept) == 75 and kept == sorted(set(kept)) and load_model(model).config.eos_token_id in kept
+    others = np.setdiff1d(np.arange(300), kept)
+    assert counts[others].max() <= np.sort(counts[kept])[1], "but for the end, whatever is kept comes as often"
+    head = load_model(model).get_output_embeddings().weight
+    assert bool((head[others] == head[others[0]]).all())
+    (stage / "done.json").unlink()
+    shutil.rmtree(model)
+    shutil.rmtree(max((stage / "checkpoints").glob("step-*")))
+    edgewright.run(example, *overrides, say=lambda _: None)
+    assert weights(tmp_path / "run", "draft") == before
+    assert json.loads((model / "draft_head.json").read_text())["kept"] == kept
 
 
 @pytest.mark.slow
