@@ -56,15 +56,15 @@ def shape(hidden: int, layers: int, heads: int, inner: int) -> Section:
 
 SCALES = {
     "small": Scale(
-        name="small", target=shape(384, 8, 6, 1024), vocabulary=4096, sequence=256, batch=16, target_steps=6000,
-        steps=(3000, 2000, 1500), prompts=400, judged=80,
+        name="small", target=shape(256, 8, 4, 768), vocabulary=4096, sequence=256, batch=16, target_steps=4000,
+        steps=(2000, 1500, 1000), prompts=400, judged=80,
     ),
     "smoke": Scale(
         name="smoke", target=shape(256, 2, 4, 512), vocabulary=512, sequence=256, batch=2, target_steps=3,
         steps=(3, 3, 3), prompts=4, judged=3, samples=1,
     ),
 }  # fmt: skip
-"""small: two CPU cores, target of 15.7M parameters. smoke: whether everything runs, no more."""
+"""small: two CPU cores, a target of 7.9M parameters. smoke: whether everything runs, no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
