@@ -50,6 +50,8 @@ class Artifact:
     """What `--to best` tried, this artifact among them; empty for any other target."""
     notes: list[str] = field(default_factory=list)
     """What its user should know, as `Written.notes`."""
+    pair: dict[str, Any] | None = None
+    """Of a bundle with a draft: gamma, where its parts are, and the `Certificate` unless the gate was skipped."""
 
     def to_json(self) -> dict[str, object]:
         """The object that `export --json` prints."""
@@ -64,6 +66,7 @@ class Artifact:
             "parity": self.parity,
             "candidates": self.candidates,
             "notes": self.notes,
+            "pair": self.pair,
         }
 
 

@@ -14,12 +14,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgewright.errors import RecipeError
 from edgewright.export.artifact import SCHEMA_VERSION
 from edgewright.export.gate.claims import read_claims
 from edgewright.export.gate.compare import Comparison, compare
 from edgewright.export.gate.identity import differences
 from edgewright.export.gate.limits import LOSSLESS, MAX_ABS_DIFF, TERNARY, Limit, check_max_kl, limit_for
 from edgewright.export.gate.reference import Reading, Reference, read_again, read_reference
+from edgewright.export.pairs.bundle import bundle_of
 from edgewright.export.runtimes.opening import TARGET_OF, open_session, runtime_of
 from edgewright.export.runtimes.session import Session
 from edgewright.export.source import Source, load_source
@@ -68,6 +70,8 @@ class Parity:
     gate: Literal["passed", "failed"]
     reasons: list[str]
     """Why the gate failed; empty when it passed."""
+    pair: dict[str, Any] | None = None
+    """Of a bundle with a draft: what the two did together (`pairs/certify.Certificate`)."""
 
     def to_json(self) -> dict[str, Any]:
         """The object that `verify --json` prints."""
@@ -76,7 +80,7 @@ class Parity:
 
     def measured(self) -> dict[str, Any]:
         """The same without paths, for a manifest."""
-        hidden = ("path", "against", "schema_version")
+        hidden = ("path", "against", "schema_version", "pair")
         return {key: value for key, value in self.to_json().items() if key not in hidden}
 
 
@@ -88,8 +92,11 @@ def verify(
     max_kl: float | None = None,
     threads: int | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
+    draft: Path | str | None = None,
 ) -> Parity:
     """Compare an exported file or folder with a checkpoint. Any file will do, with a manifest or without.
+
+    Of a bundle the target is compared, and then the pair decodes (`pair.py`).
 
     Args:
         artifact: what `open_session` opens.
@@ -98,6 +105,8 @@ def verify(
         max_kl: limit for the mean KL to the checkpoint, in the place of the one for the widths; all others stay.
         threads: of both runtimes.
         data: text files (patterns) to compare on, in the place of the built-in texts: the first 8 documents.
+        draft: the checkpoint that the draft of a bundle was made from: it is compared as well, and the acceptance in
+            the runtime is held against that of the checkpoints.
 
     Returns:
         What was measured, with `gate` "passed" or "failed"; a failed gate is no exception here.
@@ -112,9 +121,21 @@ def verify(
 
         with sub_network_folder(against, size, Path(artifact)) as part:
             return replace(
-                verify(artifact, against=part, max_kl=max_kl, threads=threads, data=data), against=Path(against)
+                verify(artifact, against=part, max_kl=max_kl, threads=threads, data=data, draft=draft),
+                against=Path(against),
             )
     check_max_kl(max_kl)
+    bundle = bundle_of(Path(artifact))
+    if bundle is not None:
+        from edgewright.export.pair import verify_pair
+
+        alone = verify(bundle.target, against=against, max_kl=max_kl, threads=threads, data=data)
+        return verify_pair(bundle, alone, draft=draft, threads=threads, max_kl=max_kl)
+    if draft is not None:
+        raise RecipeError(
+            "EW-831", "--draft is for bundles", where=artifact, expected="a folder that `export --draft` wrote",
+            fix="leave out --draft",
+        )  # fmt: skip
     runtime, path = runtime_of(Path(artifact))
     to = TARGET_OF[runtime]
     source = load_source(against)

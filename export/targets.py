@@ -20,6 +20,7 @@ from edgewright.export.artifact import (
     size_of,
     write_entry,
 )
+from edgewright.export.pairs.options import pair_options
 from edgewright.export.runtimes.opening import SESSIONS, TARGET_OF
 from edgewright.export.staging import folder, remove, staged, swap
 from edgewright.files import disk_errors
@@ -129,6 +130,11 @@ def export(
     calibrate: Sequence[Path | str] | None = None,
     method: str = "gptq",
     threads: int | None = None,
+    draft: Path | str | None = None,
+    draft_quant: str | None = None,
+    draft_embedding_quant: str | None = None,
+    gamma: int | None = None,
+    prompts: Sequence[Path | str] | None = None,
     say: Callable[[str], None] = _quiet,
 ) -> Artifact:
     """Write a checkpoint for a runtime, certified there. All or nothing: a file that fails never has its final name.
@@ -148,6 +154,10 @@ def export(
         calibrate: text to calibrate the rounding on, files or patterns; never the text that the result is judged on.
         method: how, a key of `calibrate.METHODS`.
         threads: of the runtimes in the gate.
+        draft: a smaller checkpoint with the same tokenizer: `out`, a folder, becomes a bundle of both (`pair.py`).
+        draft_quant: its width; None takes `quant`. draft_embedding_quant: of its token embedding and head.
+        gamma: tokens that it proposes in a round; 4 by default.
+        prompts: files whose prompts the pair is certified on (`read_prompts`); by default pieces of built-in texts.
         say: gets a line about progress now and then.
 
     Raises:
@@ -156,7 +166,7 @@ def export(
         BadInput: the model directory, or what the target cannot hold; EW-768, it has no sizes; EW-550
             to EW-555 for calibration.
         GateFailed: EW-504, the file is not the model; EW-510, it is over the budget; EW-511, "best" found nothing.
-            Nothing was left behind.
+            Nothing was left behind. With a draft also EW-820 to EW-832 (`pair.export_pair`).
         OutOfResources: EW-401, the disk is full.
     """
     from edgewright.export.calibration.calibrated import Calibrations, calibrated_source
@@ -169,9 +179,14 @@ def export(
         with sub_network_folder(model, size, Path(out)) as part:
             return export(
                 part, to=to, out=out, quant=quant, embedding_quant=embedding_quant, verify=verify, max_kl=max_kl,
-                budget_mb=budget_mb, calibrate=calibrate, method=method, threads=threads, say=say,
+                budget_mb=budget_mb, calibrate=calibrate, method=method, threads=threads, draft=draft,
+                draft_quant=draft_quant, draft_embedding_quant=draft_embedding_quant, gamma=gamma, prompts=prompts,
+                say=say,
             )  # fmt: skip
     check_max_kl(max_kl)
+    pair = pair_options(
+        draft, draft_quant, draft_embedding_quant, gamma, prompts, budget_mb=budget_mb, calibrate=calibrate, to=to
+    )
     if budget_mb is not None and not budget_mb > 0:
         raise RecipeError("EW-513", "a budget must be positive", expected="MB, more than 0", found=budget_mb)
     if to == BEST:
@@ -189,11 +204,18 @@ def export(
             threads=threads,
             say=say,
         )
-    target = _target(to, quant, embedding_quant)
+    target = check_target(to, quant, embedding_quant)
     assert quant is not None
     if verify:
-        _check_runtime(to)
+        check_runtime(to)
     source = load_source(model)
+    if pair is not None:
+        from edgewright.export.pair import export_pair
+
+        return export_pair(
+            source, pair, to=to, quant=quant, embedding_quant=embedding_quant, out=Path(out), verify=verify,
+            max_kl=max_kl, threads=threads, say=say,
+        )  # fmt: skip
     final = final_path(Path(out), target, source, quant)
     with disk_errors(final), folder(final.parent), staged(final) as place:
         if calibrate is not None:
@@ -319,7 +341,7 @@ def _refuse_choices(quant: str | None, embedding_quant: str | None, verify: bool
             )
 
 
-def _check_runtime(to: str) -> None:
+def check_runtime(to: str) -> None:
     """The gate needs the target's runtime: say so before any work, not after it.
 
     Raises:
@@ -361,7 +383,7 @@ def reader_of(to: str) -> Reader:
     return cast(Reader, reader)
 
 
-def _target(to: str, quant: str | None, embedding_quant: str | None) -> Target:
+def check_target(to: str, quant: str | None, embedding_quant: str | None) -> Target:
     """The target, after checking all three names."""
     if to not in TARGETS:
         raise _unknown("EW-501", "target", to, (*TARGETS, BEST))

@@ -34,7 +34,7 @@ from edgewright.export.clean_settings import clean_config
 from edgewright.export.guard import read_json
 from edgewright.export.lattice import LatticeTensor, round_int, round_q4_0
 from edgewright.export.layout.openvino import OpenVinoWeight
-from edgewright.export.onnx.decoder import describe
+from edgewright.export.onnx.decoder import has_windows
 from edgewright.export.onnx.decoder_graph import check_positions, makers, save
 from edgewright.export.onnx.packing import POSITIONS, UNLIKE_EMBEDDING
 from edgewright.export.openvino import graph as openvino_graph
@@ -101,7 +101,7 @@ def write(source: Source, directory: Path, *, quant: str, embedding_quant: str |
         packing = _Packing(source=source, quant=quant, embedding_quant=embedding_quant)
         packing.run(model)
         openvino_graph.make_stateful(model)
-        if _has_windows(source):
+        if has_windows(source):  # which the pipeline's paged attention does not see in the mask: it would give them all
             openvino_graph.keep_from_paging(model)
         _set_runtime_options(model, packing.elements)
         model.set_rt_info(str(source.config["max_position_embeddings"]), CONTEXT_LENGTH)
@@ -276,16 +276,6 @@ def _broken_graph(name: str, found: str) -> GateFailed:
 
 
 # ---------------------------------------------------------------- the folder
-
-
-def _has_windows(source: Source) -> bool:
-    """Whether layers see only the last tokens: the pipeline's paged attention does not see that in the mask, and gives
-    them all. Of a graph that was traced it is known from the settings alone."""
-    decoder = describe(source)
-    if decoder is not None:
-        return any(layer.window is not None for layer in decoder.layers)
-    kinds = source.config.get("layer_types")
-    return bool(set(kinds) - {"full_attention"} if kinds else source.config.get("sliding_window"))
 
 
 def _read(ov: Any, path: Path, source: Source) -> Any:

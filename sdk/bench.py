@@ -131,8 +131,9 @@ def bench(
     the numbers; tokenization is not. All artifacts are open at the same time: together they must fit into memory.
 
     Args:
-        artifacts: GGUF files, GenAI, ONNX and OpenVINO folders, Hugging Face directories; and `result.json` of packs
-            that were measured on other devices (`bench_pack.py`), whose rows follow those of this machine.
+        artifacts: GGUF files, GenAI, ONNX and OpenVINO folders, Hugging Face directories; bundles of a target and its
+            draft, which get two rows; and `result.json` of packs that were measured on other devices
+            (`bench_pack.py`), whose rows follow those of this machine.
         prompt: tokens of the prompt test.
         generate: tokens of the generation test.
         repeats: measured rounds; below 5 the report carries a warning.
@@ -153,11 +154,11 @@ def bench(
     from edgewright.bench_pack import read_result
 
     results = [read_result(Path(path)) for path in artifacts if Path(path).suffix == ".json"]
-    files = [describe_model(path) for path in artifacts if Path(path).suffix != ".json"]
+    files = [each for path in artifacts if Path(path).suffix != ".json" for each in _measured(Path(path), loop)]
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(file, threads=threads)) for file in files]
-        for worker in workers:
-            worker.open(prompt=prompt, generate=generate, threads=threads, loop=loop)
+        workers = [stack.enter_context(Worker(file, threads=threads)) for file, _ in files]
+        for worker, (_, own) in zip(workers, files, strict=True):
+            worker.open(prompt=prompt, generate=generate, threads=threads, loop=own)
         for worker in workers:
             worker.round()
         for worker in workers:
@@ -181,6 +182,17 @@ def bench(
         artifacts=(*rows, *(_device_row(result, row) for result in results for row in result["artifacts"])),
         warnings=tuple(warnings),
     )
+
+
+def _measured(path: Path, loop: Loop) -> list[tuple[ModelFile, Loop]]:
+    """What is measured of an artifact, and by which loop. A bundle has two rows, its target alone and the pair, both by
+    the runtime's own loop, since that is where drafts are used."""
+    from edgewright.export.pairs.bundle import bundle_of
+
+    bundle = bundle_of(path)
+    if bundle is None:
+        return [(describe_model(path), loop)]
+    return [(describe_model(bundle.target), "native"), (describe_model(path), "native")]
 
 
 def _device_row(result: dict[str, Any], row: dict[str, Any]) -> BenchRow:

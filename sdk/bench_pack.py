@@ -70,10 +70,11 @@ def pack(artifacts: Sequence[str | Path], out: Path, *, prompt: int, generate: i
 
     Raises:
         RecipeError: EW-190, there is nothing to measure; EW-193, `out` holds something; EW-194, a Hugging Face
-            directory, which is no file for a device.
+            directory, which is no file for a device, or a bundle of two models.
         BadInput: what opening an artifact raises; EW-611, a test is longer than a model's context.
     """
     from edgewright.export.artifact import hash_of
+    from edgewright.export.pairs.bundle import bundle_of
     from edgewright.export.runtimes.opening import open_session, runtime_of
 
     if not artifacts:
@@ -84,10 +85,10 @@ def pack(artifacts: Sequence[str | Path], out: Path, *, prompt: int, generate: i
     entries: list[dict[str, Any]] = []
     for number, file in enumerate(files, 1):
         runtime, path = runtime_of(file.path)
-        if runtime not in PACKAGES:
+        if runtime not in PACKAGES or bundle_of(file.path) is not None:
             raise RecipeError(
-                "EW-194", "this is no file for a device", where=file.path, expected="an exported file or folder",
-                fix="export it first",
+                "EW-194", "this is no file for a device", where=file.path, expected="a single exported model",
+                fix="export it first; of a bundle name the target and the draft",
             )  # fmt: skip
         with open_session(path) as session:
             session.check_room([session.start_id], held=0, more=max(prompt, generate) - 1)

@@ -234,12 +234,17 @@ def export(
     ] = None,
     method: Annotated[str, typer.Option(help="How to calibrate: gptq or search.")] = "gptq",
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the gate; the manifest says so.")] = False,
+    draft: Annotated[Path | None, typer.Option(help="A smaller model with the same tokenizer: bundle both.")] = None,
+    draft_quant: Annotated[str | None, typer.Option(help="Width of the draft; --quant by default.")] = None,
+    draft_embedding_quant: Annotated[str | None, typer.Option(help="Width of the draft's embedding and head.")] = None,
+    gamma: Annotated[int | None, typer.Option(help="Tokens that the draft proposes in a round; 4 by default.")] = None,
+    prompts: Annotated[list[Path] | None, typer.Option(help="Files of prompts that the pair is certified on.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model for a runtime.
+    """Write a model for a runtime, or a model and its draft.
 
-    The file is opened there and proven to be the same model; else the exit code is 5 and there is no file.
+    What is written is opened there and proven; else the exit code is 5 and there is no file.
     """
     from edgewright.export import export
 
@@ -257,6 +262,11 @@ def export(
             calibrate=calibrate,
             method=method,
             threads=threads,
+            draft=draft,
+            draft_quant=draft_quant,
+            draft_embedding_quant=draft_embedding_quant,
+            gamma=gamma,
+            prompts=prompts,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
     _show("export", result, as_json)
@@ -270,6 +280,7 @@ def verify(
     size: Annotated[str | None, typer.Option(help="Sub-network of an elastic model that it was made from.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Limit in nats per token; the width's own by default.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text files or patterns. By default built-in texts.")] = None,
+    draft: Annotated[Path | None, typer.Option(help="The directory that the draft of a bundle was made from.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -282,9 +293,9 @@ def verify(
 
     if more and not data:
         raise typer.BadParameter("text files come after --data")
-    files = [*(data or []), *(more or [])]
+    files = [*(data or []), *(more or [])] or None
     with _quiet_stdout():
-        result = verify(artifact, against=against, size=size, max_kl=max_kl, threads=threads, data=files or None)
+        result = verify(artifact, against=against, size=size, max_kl=max_kl, threads=threads, data=files, draft=draft)
     _show("verify", result, as_json)
     if result.gate == "failed":
         raise typer.Exit(GateFailed.exit_code)

@@ -96,10 +96,26 @@ def _export(result: dict[str, Any]) -> str:
     lines += [f"{item['tensor']} is stored as {item['quant']}: {item['reason']}" for item in result["fallbacks"]]
     if result["fallbacks"]:
         lines.append(f"{len(result['fallbacks'])} tensors are stored wider than asked")
+    lines += _pair_lines(result.get("pair"))
     lines += [f"note: {note}" for note in result["notes"]]
     if result["candidates"]:
         lines += ["", _candidates(result["candidates"])]
     return "\n".join(lines)
+
+
+def _pair_lines(pair: dict[str, Any] | None) -> list[str]:
+    """What a target and its draft did together; nothing where that was not measured."""
+    if pair is None or "acceptance_rate" not in pair:
+        return []
+    known = pair["checkpoint_acceptance"]
+    beside = "" if known is None else f" ({say.share(known)} with the checkpoints)"
+    return [
+        f"pair: gamma {pair['gamma']}, {say.share(pair['acceptance_rate'])} of the drafted tokens accepted{beside}, "
+        f"{say.small(pair['block_efficiency'])} tokens per pass of the target",
+        f"pair: {pair['tokens_per_s']:,.0f} tokens/s, {pair['plain_tokens_per_s']:,.0f} without the draft "
+        f"({pair['speedup']:.2f} times as fast), tokens identical after {say.share(pair['token_identity'])} of "
+        f"{pair['prompts']} prompts, peak memory {say.size(pair['peak_memory'])}",
+    ]
 
 
 def _candidates(candidates: list[dict[str, Any]]) -> str:
@@ -152,7 +168,9 @@ def _verify(result: dict[str, Any]) -> str:
         ("gate", result["gate"]),
     ]
     skipped = [f"  not read: {way}, {reason}" for way, reason in result["skipped"].items()]
-    return "\n".join([_facts(facts), *skipped, *(f"  {reason}" for reason in result["reasons"])])
+    pair = _pair_lines(result.get("pair"))
+    warnings = [f"warning: {text}" for text in (result.get("pair") or {}).get("warnings", [])]
+    return "\n".join([_facts(facts), *skipped, *pair, *warnings, *(f"  {reason}" for reason in result["reasons"])])
 
 
 def _plain(value: object) -> str:

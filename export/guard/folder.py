@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from edgewright.errors import BadInput, Unsafe
@@ -30,7 +30,7 @@ _MEMBER = re.compile(rb"\.(?:pkl|pickle|npy|joblib|dill)|data\.pkl|archive/")
 _ENDS = 2**20
 
 
-def check_entries(directory: Path, *, deep: bool = False) -> list[Path]:
+def check_entries(directory: Path, *, deep: bool = False, scripts: Collection[str] = ()) -> list[Path]:
     """Refuse a folder with links that lead out, names that trick, special files, code or pickles.
 
     Hard links are fine here, since caches and installers make them: no tool tells a file from its other name. Where the
@@ -39,6 +39,7 @@ def check_entries(directory: Path, *, deep: bool = False) -> list[Path]:
     Args:
         directory: the folder.
         deep: look into folders inside as well; else those are left alone, since nothing opens them.
+        scripts: names of scripts that may lie directly in the folder, of which nothing is opened.
 
     Returns:
         The files.
@@ -74,7 +75,10 @@ def check_entries(directory: Path, *, deep: bool = False) -> list[Path]:
     _check_names(directory, entries)
     files = [path for path in entries if not path.is_dir()]
     for path in files:
-        _check_file(path)
+        if path.name in scripts and path.parent == directory:
+            open_regular(path)
+        else:
+            _check_file(path)
     return files
 
 

@@ -257,3 +257,12 @@ def _rotaries(
     if kinds <= parameters.keys():
         return {kind: rotary(parameters[kind], head_size, partial=partial) for kind in kinds}
     return dict.fromkeys(kinds, rotary(parameters, head_size, partial=partial))
+
+
+def has_windows(source: Source) -> bool:
+    """Whether layers see only the last tokens. Of a family that is not known here the settings alone tell."""
+    decoder = describe(source)
+    if decoder is not None:
+        return any(layer.window is not None for layer in decoder.layers)
+    kinds = source.config.get("layer_types")
+    return bool(set(kinds) - {"full_attention"} if kinds else source.config.get("sliding_window"))

@@ -12,8 +12,10 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
+from edgewright.export.pairs.bundle import bundle_of
 from edgewright.export.runtimes.huge_pages import use_huge_pages
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.speculative.counts import Counts
 
 _FIRST_CAPACITY = 128
 _GROWTH = 4
@@ -36,9 +38,10 @@ class GenaiSession(Session):
     """
 
     runtime = "genai"
+    _closed = False
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        og = _runtime()
+        _runtime()
         self.path = path
         model = _model_section(path)
         self.vocab_size = model["vocab_size"]
@@ -47,18 +50,37 @@ class GenaiSession(Session):
         self.eos_ids = frozenset(ends if isinstance(ends, list) else [ends])
         start = model.get("bos_token_id")
         self.start_id = min(self.eos_ids) if start is None else start
-        try:
-            config = og.Config(str(path))
-            if threads is not None:
-                options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-                config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-            self._model: Any = og.Model(config)
-        except RuntimeError as error:
-            raise _cannot_open(path, error) from error
-        use_huge_pages()
+        self._threads = threads
+        self._drafts = isinstance(model.get("draft"), dict)
+        self._models: dict[Path, Any] = {}
+        if not _is_part(path):
+            self._open(path)
         self._generator: Any = None
         self._capacity = 0
         self._tokens: list[int] = []
+
+    @property
+    def _model(self) -> Any:
+        """The model of the folder. A part of a bundle is opened on demand: the bundle may be all that is used."""
+        return self._open(self.path)
+
+    def _open(self, path: Path, *, drafts: bool = False) -> Any:
+        """The model of a folder, opened once; `drafts`: it holds a draft, which gets the same options."""
+        if path not in self._models:
+            if self._closed:
+                raise ValueError("this session is closed")
+            og = _runtime()
+            try:
+                config = og.Config(str(path))
+                if self._threads is not None:
+                    options = {"session_options": {"intra_op_num_threads": self._threads, "inter_op_num_threads": 1}}
+                    sections = ("decoder", "draft") if drafts or self._drafts else ("decoder",)
+                    config.overlay(json.dumps({"model": dict.fromkeys(sections, options)}))
+                self._models[path] = og.Model(config)
+            except RuntimeError as error:
+                raise _cannot_open(path, error) from error
+            use_huge_pages()
+        return self._models[path]
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -139,19 +161,15 @@ class GenaiSession(Session):
         seed: int = 0,
         stop_at_eos: bool = True,
         draft: Session | None = None,
+        gamma: int | None = None,
     ) -> list[int]:
-        if draft is not None:
-            raise BadInput(
-                "EW-605",
-                "this runtime takes a draft model only as a part of the folder",
-                where=self.path,
-                expected="no draft",
-                fix="open a folder that holds target and draft",
-            )
         self.check_room(tokens, held=0, more=max_new_tokens)
+        model = self._model if draft is None else self._open(self._folder_with(draft), drafts=True)
         self.rewind(0)
         generator = self._new_generator(
             len(tokens) + max_new_tokens,
+            model=model,
+            gamma=None if draft is None else gamma,
             do_sample=temperature > 0,
             temperature=temperature or 1.0,
             top_k=0,
@@ -168,7 +186,27 @@ class GenaiSession(Session):
                     break
                 generator.append_tokens(np.array([token], np.int32))  # the runtime ends here; this goes on
             found.append(token)
+        self.drafted = _counts(generator) if draft is not None or self._drafts else None
         return found
+
+    def _folder_with(self, draft: Session) -> Path:
+        """The folder that holds this target, and this draft for it: the runtime takes one in no other way.
+
+        Raises:
+            BadInput: EW-604, the draft is open in another runtime; EW-605, the two are not in one bundle.
+        """
+        self.check_same_runtime(draft)
+        bundle = self.path.parent
+        if not _is_part(self.path) or draft.path.resolve() != (bundle / "draft").resolve():
+            raise BadInput(
+                "EW-605",
+                "ONNX Runtime GenAI takes a draft model only as a part of the folder",
+                where=self.path,
+                expected="target and draft in one bundle",
+                found=f"a draft in {draft.path}",
+                fix="edgewright export TARGET --draft DRAFT --to genai --out DIR, and open DIR",
+            )
+        return bundle
 
     def tokenize(self, text: str) -> list[int]:
         # Not og.Tokenizer: it parses special tokens in the text and stops at a NUL.
@@ -179,14 +217,18 @@ class GenaiSession(Session):
 
     def close(self) -> None:
         self._generator = None
-        self._model = None
+        self._models = {}
+        self._closed = True
         self._tokens = []
 
-    def _new_generator(self, max_length: int, **options: Any) -> Any:
+    def _new_generator(self, max_length: int, *, model: Any = None, gamma: int | None = None, **options: Any) -> Any:
         og = _runtime()
-        params = og.GeneratorParams(self._model)
+        model = self._model if model is None else model
+        params = og.GeneratorParams(model)
         params.set_search_options(max_length=max_length, batch_size=1, num_beams=1, **options)
-        return og.Generator(self._model, params)
+        if gamma is not None:
+            params.set_speculative_options(max_draft_tokens=gamma)
+        return og.Generator(model, params)
 
     def _make_room(self, length: int) -> None:
         """See to a generator whose cache holds `length` tokens, with the tokens so far in it."""
@@ -197,6 +239,22 @@ class GenaiSession(Session):
         self._generator = self._new_generator(self._capacity, do_sample=False)
         if self._tokens:
             self._generator.append_tokens(np.asarray(self._tokens, np.int32))
+
+
+def _is_part(path: Path) -> bool:
+    """Whether a folder is the target or the draft of a bundle of ours."""
+    bundle = bundle_of(path.parent)
+    return bundle is not None and path in (bundle.target, bundle.draft)
+
+
+def _counts(generator: Any) -> Counts:
+    """What the runtime says of a text that it decoded with a draft."""
+    found = generator.get_speculative_stats()
+    return Counts(
+        drafted=int(found["draft_tokens_proposed"]),
+        accepted=int(found["draft_tokens_accepted"]),
+        rounds=int(found["rounds"]),
+    )
 
 
 def _runtime() -> Any:

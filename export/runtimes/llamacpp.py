@@ -12,7 +12,7 @@ import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.export.gguf.file import GgufFile, open_gguf
-from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.export.runtimes.session import GAMMA, Capabilities, Logits, Session
 from edgewright.machine import available_cores
 
 MAX_CONTEXT = 4096
@@ -158,16 +158,12 @@ class LlamaCppSession(Session):
         seed: int = 0,
         stop_at_eos: bool = True,
         draft: Session | None = None,
+        gamma: int | None = None,
     ) -> list[int]:
         self._check_open()
         self.check_generation(tokens, max_new_tokens)
         if draft is not None:
-            raise BadInput(
-                "EW-605",
-                "this runtime takes no draft model",
-                where=self.path,
-                fix="generate without a draft",
-            )
+            return self._generate_with(draft, tokens, max_new_tokens, gamma or GAMMA, temperature, seed, stop_at_eos)
         self.rewind(0)
         new: list[int] = []
         sampler = _sampler(temperature, seed)
@@ -183,6 +179,29 @@ class LlamaCppSession(Session):
         finally:
             llama_cpp.llama_sampler_free(sampler)
         return new
+
+    def _generate_with(
+        self,
+        draft: Session,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        gamma: int,
+        temperature: float,
+        seed: int,
+        stop_at_eos: bool,
+    ) -> list[int]:
+        """Speculative decoding. llama.cpp's own loop is in its programs, not in the library; this is ours."""
+        from edgewright.speculative import DraftModel, Sampler, decode
+
+        self.check_same_runtime(draft)
+        sampler = Sampler(temperature=temperature, seed=seed)
+        ends = self.eos_ids if stop_at_eos else frozenset()
+        proposer = DraftModel(draft, sampler, width=self.vocab_size, ends=ends)
+        decoded = decode(
+            self, proposer, tokens, max_new_tokens=max_new_tokens, gamma=gamma, sampler=sampler, stop_at_eos=stop_at_eos
+        )
+        self.drafted = decoded.counts
+        return decoded.tokens
 
     def tokenize(self, text: str) -> list[int]:
         self._check_open()

@@ -111,6 +111,7 @@ class OnnxSession(Session):
         seed: int = 0,
         stop_at_eos: bool = True,
         draft: Session | None = None,
+        gamma: int | None = None,
     ) -> list[int]:
         if draft is not None:
             raise BadInput(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from contextlib import ExitStack
 from pathlib import Path
 
 from edgewright.errors import BadInput
+from edgewright.export.genai.pair import check_genai_pair
 from edgewright.export.guard import check_genai_folder, check_not_archive, check_onnx_folder, check_openvino_folder
+from edgewright.export.pairs.bundle import Bundle, bundle_of
+from edgewright.export.runtimes.pair import PairSession
 from edgewright.export.runtimes.session import Session
 
 SESSIONS = {
@@ -30,12 +34,12 @@ TARGET_OF = {"torch": "hf", "llamacpp": "gguf", "genai": "genai", "onnx": "onnx"
 
 
 def open_session(path: Path | str, *, threads: int | None = None) -> Session:
-    """Open a model in the runtime that it is for.
+    """Open a model, or a target with its draft, in the runtime that it is for.
 
     Args:
         path: a Hugging Face directory (torch, float32), a .gguf file or a folder with exactly one (llama.cpp), or a
             folder with genai_config.json (ONNX Runtime GenAI), openvino_model.xml (OpenVINO GenAI) or model.onnx
-            (ONNX Runtime).
+            (ONNX Runtime); or a bundle that `export --draft` wrote.
         threads: of the runtime; by default its own choice.
 
     Raises:
@@ -43,7 +47,30 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
             and the runtime refuse.
         Unsafe: what the guard refuses.
     """
+    bundle = bundle_of(Path(path))
+    if bundle is not None:
+        return open_pair(bundle, threads=threads)
     runtime, target = runtime_of(Path(path))
+    return _open(runtime, target, threads)
+
+
+def open_pair(bundle: Bundle, *, threads: int | None = None) -> PairSession:
+    """Open a bundle; errors as `open_session`, and EW-828 where GenAI could not decode with it."""
+    runtime, target = runtime_of(bundle.path)
+    other, draft = runtime_of(bundle.draft)
+    if other != runtime:
+        raise _not_a_model(bundle.path, f"its target is for {runtime}, its draft for {other}", None)
+    if runtime == "genai":  # which reads a configuration of its own for the two together
+        check_genai_folder(bundle.path)
+        check_genai_pair(bundle.path)
+    with ExitStack() as stack:  # closes the target where the draft cannot be opened
+        opened = stack.enter_context(_open(runtime, target, threads))
+        pair = PairSession(bundle.path, opened, _open(runtime, draft, threads), bundle.gamma)
+        stack.pop_all()
+    return pair
+
+
+def _open(runtime: str, target: Path, threads: int | None) -> Session:
     module, name, package, install = SESSIONS[runtime]
     if importlib.util.find_spec(package) is None:
         raise BadInput(
@@ -59,13 +86,15 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
 
 
 def runtime_of(path: Path) -> tuple[str, Path]:
-    """The runtime of a path, a key of `SESSIONS`, and the file or folder to open with it, which the guard has passed.
+    """The runtime of a path, a key of `SESSIONS`, and the file or folder to open with it, which the guard has passed;
+    of a bundle those of its target.
 
     Raises:
         BadInput: EW-601, this is no model.
         Unsafe, BadInput: what the guard refuses, before a library sees it; EW-336, it is an archive.
     """
-    runtime, target = _runtime_of(path)
+    bundle = bundle_of(path)
+    runtime, target = _runtime_of(path if bundle is None else bundle.target)
     if runtime in CHECKS:
         CHECKS[runtime](target)
     return runtime, target

@@ -21,9 +21,10 @@ from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
 from edgewright.export.guard.openvino import check_openvino_folder
 from edgewright.export.openvino.package import load
-from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.export.runtimes.session import GAMMA, Capabilities, Logits, Session
 from edgewright.export.source import special_ids
 from edgewright.export.tokenizer_files import open_tokenizer
+from edgewright.speculative.counts import Counts
 
 EXACT = {"EXECUTION_MODE_HINT": "ACCURACY", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """The settings in which weights alone are what a file may have lost."""
@@ -171,16 +172,9 @@ class OpenVinoSession(Session):
         seed: int = 0,
         stop_at_eos: bool = True,
         draft: Session | None = None,
+        gamma: int | None = None,
     ) -> list[int]:
         self.check_generation(tokens, max_new_tokens)
-        if draft is not None and not isinstance(draft, OpenVinoSession):
-            raise BadInput(
-                "EW-604",
-                "this draft is open in another runtime",
-                where=draft.path,
-                expected="openvino",
-                found=draft.runtime,
-            )
         genai = load("openvino_genai")
         config = genai.GenerationConfig()
         config.max_new_tokens = max_new_tokens
@@ -191,13 +185,22 @@ class OpenVinoSession(Session):
         config.ignore_eos = not stop_at_eos
         config.stop_token_ids = set(self.eos_ids) if stop_at_eos else set()
         if draft is not None:
-            config.num_assistant_tokens = 4
+            config.num_assistant_tokens = gamma or GAMMA
         prompt = load().Tensor(np.array([tokens], np.int64))
-        new = [int(token) for token in self._pipeline(draft).generate(prompt, config).tokens[0]]
+        try:
+            found = self._pipeline(draft).generate(prompt, config)
+        except RuntimeError as error:  # what the pipeline holds after that is not defined
+            self._pipelines.clear()
+            raise _cannot_open(self.path, error) from error
+        new = [int(token) for token in found.tokens[0]]
+        self.drafted = None if draft is None else _counts(found.extended_perf_metrics, len(new))
         return new[:-1] if stop_at_eos and new and new[-1] in self.eos_ids else new
 
-    def _pipeline(self, draft: OpenVinoSession | None) -> Any:
+    def _pipeline(self, draft: Session | None) -> Any:
         """The pipeline with this draft, compiled once."""
+        if draft is not None:
+            self.check_same_runtime(draft)
+            assert isinstance(draft, OpenVinoSession)
         key = None if draft is None else draft.path
         if key not in self._pipelines:
             genai = load("openvino_genai")
@@ -240,6 +243,15 @@ class OpenVinoSession(Session):
         self._model = None
         self._pipelines = {}
         self._length = 0
+
+
+def _counts(metrics: Any, tokens: int) -> Counts:
+    """What the pipeline says of a text of so many new tokens; it does not tell the positions.
+
+    Each pass of the target adds one token of its own to those that were accepted.
+    """
+    accepted = int(metrics.get_num_accepted_tokens())
+    return Counts(drafted=int(metrics.get_num_draft_tokens()), accepted=accepted, rounds=tokens - accepted)
 
 
 def _holds_codes(model: Any) -> bool:

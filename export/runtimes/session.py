@@ -9,12 +9,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
 from edgewright.errors import BadInput
 from edgewright.machine import memory_in_use
+
+if TYPE_CHECKING:
+    from edgewright.speculative.counts import Counts
+
+GAMMA = 4
+"""Tokens that a draft proposes in a round, where nobody says otherwise."""
 
 Logits = Literal["all", "last", "none"]
 
@@ -48,6 +54,8 @@ class Session(ABC):
     start_id: int
     """The token that starts a text: BOS, or EOS where there is no BOS."""
     eos_ids: frozenset[int]
+    drafted: Counts | None = None
+    """What was drafted and accepted in the last `native_generate` with a draft; None where there was none."""
 
     @property
     @abstractmethod
@@ -88,6 +96,7 @@ class Session(ABC):
         seed: int = 0,
         stop_at_eos: bool = True,
         draft: Session | None = None,
+        gamma: int | None = None,
     ) -> list[int]:
         """Generate with the runtime's own loop, from an empty cache.
 
@@ -97,10 +106,16 @@ class Session(ABC):
             temperature: 0 is greedy.
             seed: of the sampler; greedy ignores it.
             stop_at_eos: end before the first end-of-text token, which is not returned.
-            draft: a smaller model for speculative decoding, where the runtime takes one.
+            draft: a smaller model for speculative decoding, open in the same runtime, where that takes one.
+            gamma: tokens that it proposes in a round; by default `GAMMA`, or what a bundle says. `drafted` then holds
+                what became of them.
 
         Returns:
             The new tokens only.
+
+        Raises:
+            BadInput: EW-602, EW-606 of the prompt; EW-604, the draft is open in another runtime; EW-605, the runtime
+                takes none.
         """
 
     @abstractmethod
@@ -124,6 +139,22 @@ class Session(ABC):
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+    def check_same_runtime(self, draft: Session) -> None:
+        """Refuse a draft that this runtime's own loop cannot use.
+
+        Raises:
+            BadInput: EW-604.
+        """
+        if type(draft) is not type(self):
+            raise BadInput(
+                "EW-604",
+                "this draft is open in another runtime",
+                where=draft.path,
+                expected=self.runtime,
+                found=draft.runtime,
+                fix="export both with --draft, or decode with any two files: edgewright speculate",
+            )
 
     def check_generation(self, tokens: Sequence[int], max_new_tokens: int) -> None:
         """Refuse a prompt that is empty, or that leaves no room for that many new tokens.

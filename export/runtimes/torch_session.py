@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from edgewright.errors import BadInput
 from edgewright.export.architecture import open_config, read_config
 from edgewright.export.guard import read_json
-from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.export.runtimes.session import GAMMA, Capabilities, Logits, Session
 from edgewright.export.source import Source, open_tokenizer, special_ids
+from edgewright.speculative.counts import Counts
 from edgewright.student import load_model
 
 PACKAGES = {"bitsandbytes": ("bitsandbytes", "accelerate"), "bitnet": ("accelerate",)}
@@ -113,16 +115,9 @@ class TorchSession(Session):
         seed: int = 0,
         stop_at_eos: bool = True,
         draft: Session | None = None,
+        gamma: int | None = None,
     ) -> list[int]:
         self.check_generation(tokens, max_new_tokens)
-        if draft is not None and not isinstance(draft, TorchSession):
-            raise BadInput(
-                "EW-604",
-                "this draft is open in another runtime",
-                where=draft.path,
-                expected="torch",
-                found=draft.runtime,
-            )
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
@@ -134,16 +129,32 @@ class TorchSession(Session):
         model: Any = self.model
         prompt = torch.tensor([list(tokens)])
         self.rewind(0)
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            whole = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=settings,
-                assistant_model=None if draft is None else draft.model,
-            )
+        rounds = None if draft is None else _Rounds(self.model, len(tokens))
+        try:
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                whole = model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=settings,
+                    assistant_model=None if draft is None else self._assistant(draft, gamma or GAMMA),
+                    streamer=rounds,
+                )
+        finally:
+            if rounds is not None:
+                rounds.end()
+        self.drafted = None if rounds is None else rounds.counts
         new = [int(token) for token in whole[0, len(tokens) :]]
         return new[:-1] if stop_at_eos and new and new[-1] in self.eos_ids else new
+
+    def _assistant(self, draft: Session, gamma: int) -> PreTrainedModel:
+        """The draft's model, told to draft exactly gamma tokens: by default transformers stops where it is unsure."""
+        self.check_same_runtime(draft)
+        assert isinstance(draft, TorchSession)
+        draft.model.generation_config = GenerationConfig(
+            num_assistant_tokens=gamma, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+        )
+        return draft.model
 
     def tokenize(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -154,6 +165,34 @@ class TorchSession(Session):
     def close(self) -> None:
         self._model = None
         self._cache = DynamicCache()
+
+
+class _Rounds(BaseStreamer):
+    """Counts what assisted generation drafts and accepts, of one text.
+
+    The target is run once a round, on the drafted tokens and the one before them (in the first round: the prompt); then
+    the accepted ones, and the target's own, are put into the streamer.
+    """
+
+    def __init__(self, target: PreTrainedModel, prompt: int) -> None:
+        self.counts = Counts()
+        self._known = prompt
+        self._drafted = 0
+        self._is_prompt = True
+        self._hook = target.register_forward_pre_hook(self._before_target, with_kwargs=True)
+
+    def _before_target(self, model: torch.nn.Module, inputs: Any, settings: dict[str, Any]) -> None:
+        self._drafted = settings["input_ids"].shape[1] - self._known
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.counts.add_round(self._drafted, value.numel() - 1)
+        self._known = 1
+
+    def end(self) -> None:
+        self._hook.remove()
 
 
 def _open(path: Path, packed: Mapping[str, Any]) -> PreTrainedModel:

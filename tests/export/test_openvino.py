@@ -21,6 +21,7 @@ from openvino_help import TOLERANCE, Write, check_weights, rows_of, stored_types
 from edgewright.errors import BadInput, GateFailed
 from edgewright.export import to_openvino
 from edgewright.export.lattice import LatticeTensor, Levels, round_int
+from edgewright.export.onnx.decoder import has_windows
 from edgewright.export.openvino import reader as openvino_reader
 from edgewright.export.openvino.package import load
 from edgewright.export.runtimes.openvino import OpenVinoSession
@@ -256,7 +257,7 @@ def test_windows_are_those_of_the_graph(
     shutil.copytree(tiny_model(family), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert to_openvino._has_windows(load_source(tmp_path / "model")) is expected
+    assert has_windows(load_source(tmp_path / "model")) is expected
 
 
 def test_the_folder_is_whole(ternary: Source, openvino_ternary: Path) -> None:

@@ -49,9 +49,10 @@ OPTIONS = {
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
     "export": {
         "--to", "--quant", "--size", "--out", "--embedding-quant", "--max-kl", "--budget-mb", "--calibrate", "--method",
-        "--no-verify", "--threads", "--json", "--help",
+        "--no-verify", "--draft", "--draft-quant", "--draft-embedding-quant", "--gamma", "--prompts", "--threads",
+        "--json", "--help",
     },
-    "verify": {"--against", "--size", "--max-kl", "--data", "--threads", "--json", "--help"},
+    "verify": {"--against", "--size", "--max-kl", "--data", "--draft", "--threads", "--json", "--help"},
     "bench": {"--prompt", "--generate", "--repeats", "--loop", "--pack", "--threads", "--json", "--help"},
     "speculate": {
         "--target", "--draft", "--prompts", "--gamma", "--ngram", "--temperature", "--top-k", "--top-p",

@@ -1,0 +1,251 @@
+"""Pairs: a target and its draft for speculative decoding as one bundle, certified in the runtime that will run them.
+
+The runtime's rules are checked first (`pairs/rules.py`). Then the two are exported, each through its own gate; what the
+runtime needs to know of both is written (`pairs/layout.py`, `pairs/launch.py`); and the files decode together, plain
+and speculatively in turn (`pairs/certify.py`). All of it or none appears under the final name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgewright.errors import GateFailed
+from edgewright.export.artifact import Artifact, settled_hash_of, size_of, write_entry
+from edgewright.export.onnx.decoder import has_windows
+from edgewright.export.pairs.bundle import KIND, Bundle, bundle_of
+from edgewright.export.pairs.certify import Certificate, acceptance_of, built_in_prompts, certify
+from edgewright.export.pairs.launch import Launch, write_launch
+from edgewright.export.pairs.layout import layout_of
+from edgewright.export.pairs.options import PairOptions
+from edgewright.export.pairs.peak import peak_memory_of
+from edgewright.export.pairs.rules import check_pair
+from edgewright.export.runtimes.opening import TARGET_OF, open_pair, runtime_of
+from edgewright.export.runtimes.torch_session import TorchSession
+from edgewright.export.source import Source, load_source
+from edgewright.export.staging import folder, staged, swap
+from edgewright.export.targets import Made, check_runtime, check_target, make, occupied, replaceable
+from edgewright.files import disk_errors
+
+if TYPE_CHECKING:
+    from edgewright.export.parity import Parity
+    from edgewright.export.runtimes.pair import PairSession
+
+MAX_PROMPTS = 16
+"""Prompts of a user that are decoded, the first ones."""
+MAX_PROMPT_TOKENS = 256
+"""The end of a longer prompt is what is decoded from."""
+
+
+def export_pair(
+    target: Source,
+    options: PairOptions,
+    *,
+    to: str,
+    quant: str,
+    embedding_quant: str | None,
+    out: Path,
+    verify: bool,
+    max_kl: float | None,
+    threads: int | None,
+    say: Callable[[str], None],
+) -> Artifact:
+    """Write a bundle. Arguments and the errors of each half as in `targets.export`.
+
+    Raises:
+        RecipeError: EW-820 to EW-827, the runtime cannot serve this pair; EW-509, `out` is something else already.
+        GateFailed: EW-830, the pair does not decode as its target does; nothing was left behind.
+    """
+    draft = load_source(options.draft)
+    draft_quant = quant if options.quant is None else options.quant
+    check_target(to, draft_quant, options.embedding_quant)
+    notes = check_pair(to, target, draft, options.gamma)
+    if verify:
+        check_runtime(to)
+    if out.exists() and not replaceable(out):
+        raise occupied(out, "a new folder, an empty one, or one that holds nothing but an earlier export")
+    layout = layout_of(to, quant=quant, draft_quant=draft_quant)
+    with disk_errors(out), folder(out.parent), staged(out) as place:
+        place.mkdir()
+        halves = []
+        for source, part, width, embedding in (
+            (target, layout.target, quant, embedding_quant),
+            (draft, layout.draft, draft_quant, options.embedding_quant),
+        ):
+            say(f"exporting {source.name} to {to} {width}")
+            made = make(
+                source, place / part, to=to, quant=width, embedding_quant=embedding, verify=verify, max_kl=max_kl,
+                threads=threads,
+            )  # fmt: skip
+            write_entry(made.place, made.entry)
+            halves.append(made)
+        layout.arrange(place, options.gamma)
+        windows = has_windows(target) or has_windows(draft)
+        launch = Launch(target=layout.target, draft=layout.draft, gamma=options.gamma, windows=windows)
+        write_launch(to, place, launch)
+        entry = _entry(place, halves, launch, notes)
+        write_entry(place, entry)
+        if verify:
+            say("decoding with the pair")
+            bundle = bundle_of(place)
+            assert bundle is not None
+            certificate = certify_bundle(bundle, target, draft, prompts=options.prompts, threads=threads)
+            _refuse_failed(certificate, target)
+            entry |= {"pair": certificate.to_json(), "gate": certificate.gate}
+            write_entry(place, entry)
+        swap(place, out)
+    return _artifact(out, entry, halves)
+
+
+def certify_bundle(
+    bundle: Bundle,
+    target: Source | None = None,
+    draft: Source | None = None,
+    *,
+    prompts: Sequence[Path] = (),
+    threads: int | None = None,
+) -> Certificate:
+    """Decode with a bundle, and judge it.
+
+    Args:
+        bundle: as it lies on the disk.
+        target, draft: the checkpoints, whose own acceptance the bundle's is held against; without both it is what the
+            manifest says of them.
+        prompts: as `PairOptions.prompts`.
+        threads: of the runtime.
+
+    Raises:
+        BadInput: what opening it raises; EW-832, no prompt fits.
+    """
+    with open_pair(bundle, threads=threads) as session:
+        found = _prompts(session, prompts)
+    expected = _expected(target, draft, found, bundle, threads)
+    peak = peak_memory_of(bundle.path, threads=threads)
+    ratio = size_of(bundle.draft) / size_of(bundle.target)
+    with open_pair(bundle, threads=threads) as session:
+        return certify(session, found, cost_ratio=ratio, checkpoint_acceptance=expected, peak_memory=peak)
+
+
+def _prompts(session: PairSession, files: Sequence[Path]) -> list[list[int]]:
+    if not files:
+        return built_in_prompts(session)
+    from edgewright.speculative.prompts import read_prompts
+
+    split = [session.tokenize(prompt.text) for prompt in islice(read_prompts(files), MAX_PROMPTS)]
+    return [[session.start_id, *tokens[-MAX_PROMPT_TOKENS:]] for tokens in split]
+
+
+def _expected(
+    target: Source | None, draft: Source | None, prompts: list[list[int]], bundle: Bundle, threads: int | None
+) -> float | None:
+    """The acceptance of the checkpoints in float32, in the loop of `edgewright.speculative`."""
+    if target is None or draft is None:
+        known = bundle.entry.get("pair")
+        rate = known.get("checkpoint_acceptance") if isinstance(known, dict) else None
+        return rate if isinstance(rate, float) else None
+    with ExitStack() as stack:
+        large, small = (
+            stack.enter_context(TorchSession(source.directory, threads=threads, source=source))
+            for source in (target, draft)
+        )
+        return acceptance_of(large, small, prompts, bundle.gamma)
+
+
+def _refuse_failed(certificate: Certificate, target: Source) -> None:
+    if certificate.gate == "failed":
+        raise GateFailed(
+            "EW-830",
+            f"this pair does not decode as its target does, and was not kept: {'; '.join(certificate.reasons)}",
+            where=target.directory.absolute(),
+            expected="the tokens of plain decoding, up to ties within the runtime's own rounding",
+            found=f"{certificate.token_identity:.1%} of {certificate.prompts} prompts with the same tokens",
+            fix="choose wider types for the target, or another runtime; --no-verify keeps the pair unproven",
+        )
+
+
+def _entry(place: Path, halves: Sequence[Made], launch: Launch, notes: list[str]) -> dict[str, Any]:
+    """What the manifest says of the bundle: of the target what an artifact's entry says, and the pair's own keys."""
+    target, draft = halves
+    return {
+        **target.entry,
+        "kind": KIND,
+        "target": launch.target,
+        "draft": {"path": launch.draft, **draft.entry},
+        "gamma": launch.gamma,
+        "bytes": size_of(place),
+        "sha256": settled_hash_of(place),
+        "pair": None,
+        "gate": "skipped",
+        "notes": [*target.entry["notes"], *notes],
+        "versions": {**target.entry["versions"], "edgewright": version("edgewright")},
+    }
+
+
+def _artifact(out: Path, entry: Mapping[str, Any], halves: Sequence[Made]) -> Artifact:
+    target, draft = halves
+    certificate: Mapping[str, Any] = entry["pair"] or {}
+    return Artifact(
+        path=out,
+        to=entry["to"],
+        quant=entry["quant"],
+        bytes=entry["bytes"],
+        fallbacks=[*target.written.fallbacks, *draft.written.fallbacks],
+        gate=entry["gate"],
+        parity=entry["parity"],
+        notes=[*entry["notes"], *certificate.get("warnings", [])],
+        pair={
+            "gamma": entry["gamma"],
+            "target": str(out / entry["target"]),
+            "draft": str(out / entry["draft"]["path"]),
+            "draft_quant": entry["draft"]["quant"],
+            **certificate,
+        },
+    )
+
+
+# ---------------------------------------------------------------- verify
+
+
+def verify_pair(
+    bundle: Bundle, alone: Parity, *, draft: Path | str | None, max_kl: float | None, threads: int | None
+) -> Parity:
+    """The gate of a bundle, again.
+
+    Args:
+        bundle: as it lies on the disk.
+        alone: what became of its target.
+        draft: the checkpoint of its draft. With it the runtime's rules are checked again, the draft goes through its
+            own gate, and the acceptance is held against that of the checkpoints.
+        max_kl, threads: as in `parity.verify`.
+
+    Returns:
+        `alone`, with the certificate, and with what speaks against the bundle.
+
+    Raises:
+        RecipeError, BadInput: as `export_pair` and `certify_bundle`.
+    """
+    from edgewright.export.parity import verify
+
+    reasons = list(alone.reasons)
+    runtime, _ = runtime_of(bundle.path)
+    if TARGET_OF[runtime] != bundle.to:
+        reasons.append(f"the manifest says {bundle.to}, but this is {TARGET_OF[runtime]}")
+    source, other = load_source(alone.against), None if draft is None else load_source(draft)
+    if other is not None:
+        check_pair(bundle.to, source, other, bundle.gamma)
+        beside = verify(bundle.draft, against=other.directory, max_kl=max_kl, threads=threads)
+        reasons += [f"the draft: {reason}" for reason in beside.reasons]
+    certificate = certify_bundle(bundle, source, other, threads=threads)
+    reasons += certificate.reasons
+    return replace(
+        alone,
+        path=bundle.path,
+        pair=certificate.to_json(),
+        reasons=reasons,
+        gate="failed" if reasons else "passed",
+    )

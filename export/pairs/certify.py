@@ -1,0 +1,245 @@
+"""The gate of pairs: the target and the draft as they ship, decoding together in the runtime that will run them.
+
+Every prompt is continued by the runtime's own plain loop and by its speculative one, one after the other, in turn. The
+tokens must be the same. A runtime that adds in another order when it reads several tokens at once may break a tie
+otherwise; how far its logits move by that is measured on the same text (`noise.py`), and a divergence that this does
+not explain fails the gate. So does a runtime that never drafted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any, Literal
+
+from edgewright.errors import BadInput
+from edgewright.export.gate.texts import REAL
+from edgewright.export.pairs.noise import judged
+from edgewright.export.runtimes.pair import PairSession
+from edgewright.export.runtimes.session import Session
+from edgewright.speculative.counts import Counts
+from edgewright.speculative.divergence import Divergence
+
+PROMPT_TOKENS = 24
+"""Tokens of a built-in prompt."""
+NEW_TOKENS = 48
+"""Tokens that follow each prompt."""
+PIECES = 3
+"""Prompts from each of the gate's texts."""
+ALARM = 0.1
+"""By what share the acceptance of the files may differ from that of the checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What a pair did in its runtime, greedily. Rates are 0 to 1, `None` where nothing was measured."""
+
+    gamma: int
+    prompts: int
+    tokens: int
+    """New tokens, all prompts together."""
+    drafted_per_round: float
+    """Drafted tokens per pass of the target, at most gamma: at the end of a text there are fewer, and OpenVINO drafts
+    fewer behind a draft that was accepted whole."""
+    acceptance_rate: float | None
+    """Drafted tokens that were accepted."""
+    block_efficiency: float | None
+    """New tokens per pass of the target, at most gamma + 1: 1 + drafted_per_round * acceptance_rate."""
+    by_position: list[float | None]
+    """Acceptance at each position where all before it were accepted; empty where the runtime does not tell."""
+    cost_ratio: float
+    """Bytes of the draft over bytes of the target: what a pass of the draft costs where all wait for the memory."""
+    mbsu: float | None
+    """block_efficiency / (cost_ratio * drafted_per_round + 1)."""
+    plain_tokens_per_s: float
+    tokens_per_s: float
+    speedup: float
+    """Plain over speculative time, the median over the prompts; both loops took turns."""
+    token_identity: float
+    """Share of the prompts after which both loops gave the same tokens."""
+    divergences: list[Divergence]
+    """The first token of each of the others."""
+    peak_memory: int | None
+    """The most bytes that a process of its own had in memory while it decoded with the pair."""
+    checkpoint_acceptance: float | None
+    """The acceptance of both checkpoints in float32, same prompts and gamma."""
+    alarm: bool
+    """The two acceptances differ by more than 10 %."""
+    gate: Literal["passed", "failed"]
+    reasons: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For manifests and `--json`."""
+        return asdict(self)
+
+
+def certify(
+    pair: PairSession,
+    prompts: Sequence[Sequence[int]],
+    *,
+    cost_ratio: float,
+    checkpoint_acceptance: float | None,
+    peak_memory: int | None,
+    new_tokens: int = NEW_TOKENS,
+) -> Certificate:
+    """Measure and judge a pair.
+
+    Args:
+        pair: open in its runtime.
+        prompts: each at least one token; such that do not fit are left out.
+        cost_ratio: bytes of the draft over bytes of the target.
+        checkpoint_acceptance: what to hold the acceptance against; None raises no alarm.
+        peak_memory: measured elsewhere (`peak.py`).
+        new_tokens: that follow each prompt, at most.
+
+    Raises:
+        BadInput: EW-832, no prompt fits.
+    """
+    fitting = [list(prompt) for prompt in prompts if 1 <= len(prompt) <= pair.context_length - new_tokens]
+    if not fitting:
+        raise BadInput(
+            "EW-832",
+            "no prompt leaves room for an answer",
+            where=pair.path,
+            expected=f"at most {pair.context_length - new_tokens} tokens",
+            found=f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens",
+            fix="give shorter prompts",
+        )
+    _turn(pair, fitting[0], min(8, new_tokens))  # pipelines are compiled when they are first used
+    turns = [_turn(pair, prompt, new_tokens) for prompt in fitting]
+    counts = sum((turn.counts for turn in turns), Counts())
+    different = [turn for turn in turns if turn.plain != turn.drafted]
+    divergences = [judged(pair.target, turn.prompt, turn.plain, turn.drafted, pair.gamma) for turn in different]
+    warnings = _warnings(counts, turns, checkpoint_acceptance)
+    reasons = _reasons(counts, divergences)
+    return Certificate(
+        gamma=pair.gamma,
+        prompts=len(turns),
+        tokens=sum(len(turn.drafted) for turn in turns),
+        drafted_per_round=counts.gamma,
+        acceptance_rate=counts.acceptance_rate,
+        block_efficiency=counts.block_efficiency,
+        by_position=counts.by_position,
+        cost_ratio=cost_ratio,
+        mbsu=counts.mbsu(cost_ratio),
+        plain_tokens_per_s=sum(len(turn.plain) for turn in turns) / sum(turn.plain_seconds for turn in turns),
+        tokens_per_s=sum(len(turn.drafted) for turn in turns) / sum(turn.seconds for turn in turns),
+        speedup=_speedup(turns),
+        token_identity=1 - len(different) / len(turns),
+        divergences=divergences,
+        peak_memory=peak_memory,
+        checkpoint_acceptance=checkpoint_acceptance,
+        alarm=_alarms(counts.acceptance_rate, checkpoint_acceptance),
+        gate="failed" if reasons else "passed",
+        reasons=reasons,
+        warnings=warnings,
+    )
+
+
+def built_in_prompts(session: Session) -> list[list[int]]:
+    """Beginnings of pieces of the gate's texts, each with the start token: prose, code and many languages."""
+    found = []
+    for text in REAL.values():
+        tokens = session.tokenize(text)
+        for piece in range(PIECES):
+            start = piece * len(tokens) // PIECES
+            found.append([session.start_id, *tokens[start : start + PROMPT_TOKENS - 1]])
+    return found
+
+
+def acceptance_of(target: Session, draft: Session, prompts: Sequence[Sequence[int]], gamma: int) -> float | None:
+    """The acceptance rate of two checkpoints, decoding greedily as `certify` does."""
+    from edgewright.speculative import DraftModel, Sampler, decode
+
+    sampler, counts = Sampler(temperature=0.0), Counts()
+    for prompt in prompts:
+        if len(prompt) <= target.context_length - NEW_TOKENS:
+            proposer = DraftModel(draft, sampler, width=target.vocab_size, ends=target.eos_ids)
+            counts += decode(
+                target, proposer, prompt, max_new_tokens=NEW_TOKENS, gamma=gamma, sampler=sampler, stop_at_eos=True
+            ).counts
+    return counts.acceptance_rate
+
+
+# ---------------------------------------------------------------- one prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """One prompt, continued twice."""
+
+    prompt: list[int]
+    plain: list[int]
+    drafted: list[int]
+    plain_seconds: float
+    seconds: float
+    counts: Counts
+
+
+def _turn(pair: PairSession, prompt: list[int], count: int) -> _Turn:
+    start = time.perf_counter()
+    plain = pair.target.native_generate(prompt, count)
+    middle = time.perf_counter()
+    drafted = pair.native_generate(prompt, count)
+    end = time.perf_counter()
+    assert pair.drafted is not None
+    return _Turn(
+        prompt=prompt,
+        plain=plain,
+        drafted=drafted,
+        plain_seconds=middle - start,
+        seconds=end - middle,
+        counts=pair.drafted,
+    )
+
+
+def _speedup(turns: Sequence[_Turn]) -> float:
+    """Per token, so that a text that diverged and ended elsewhere does not count as faster."""
+    ratios = [
+        (turn.plain_seconds / max(1, len(turn.plain))) / (turn.seconds / max(1, len(turn.drafted))) for turn in turns
+    ]
+    return statistics.median(ratios)
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+def _reasons(counts: Counts, divergences: Sequence[Divergence]) -> list[str]:
+    reasons = []
+    if not counts.drafted:
+        reasons.append("the runtime never drafted a token: it decoded with the target alone")
+    wrong = [each for each in divergences if not each.within_noise]
+    if wrong:
+        worst = max(wrong, key=lambda each: each.margin)
+        reasons.append(
+            f"after {len(wrong)} prompts the speculative loop gives other tokens than the plain one, and the runtime's "
+            f"rounding does not explain it: the largest gap between the two tokens is {worst.margin:.3g}, "
+            f"its logits move by {worst.noise:.3g} at most"
+        )
+    return reasons
+
+
+def _warnings(counts: Counts, turns: Sequence[_Turn], expected: float | None) -> list[str]:
+    warnings = []
+    rate = counts.acceptance_rate
+    if rate is not None and expected is not None and _alarms(rate, expected):
+        warnings.append(
+            f"ALARM: in this runtime {rate:.1%} of the drafted tokens are accepted, with the checkpoints in float32 "
+            f"{expected:.1%}: quantization or the runtime changes who agrees with whom"
+        )
+    if rate == 0:
+        warnings.append("no drafted token was accepted: this draft only costs")
+    speedup = _speedup(turns)
+    if speedup < 1:
+        warnings.append(f"on this machine the pair is slower than its target alone: {speedup:.2f} times its speed")
+    return warnings
+
+
+def _alarms(rate: float | None, expected: float | None) -> bool:
+    if rate is None or expected is None or not isfinite(expected):
+        return False
+    return abs(rate - expected) > ALARM * expected

@@ -1,0 +1,170 @@
+"""What a user needs to start a pair: scripts and settings beside the models, in the words of each runtime.
+
+Nothing here runs them. A script (`guard/pair.SCRIPTS`) lies only where no library opens the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+README = "LAUNCH.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What the texts speak of."""
+
+    target: str
+    """Where the target lies in the bundle: a folder or a file."""
+    draft: str
+    gamma: int
+    windows: bool
+    """Whether one of the models has layers with a sliding window."""
+
+
+def write_launch(to: str, place: Path, launch: Launch) -> None:
+    """Write the launch files of a target into a bundle."""
+    for name, text in _FILES[to](launch).items():
+        (place / name).write_text(text, encoding="utf-8")
+
+
+def _genai(launch: Launch) -> dict[str, str]:
+    return {
+        README: f"""# A target and its draft for ONNX Runtime GenAI
+
+This folder is opened as any other: `genai_config.json` names the target (in `{launch.target}/`), the draft
+(`model.draft`, in `{launch.draft}/`), and how many tokens that proposes (`speculative.max_draft_tokens`:
+{launch.gamma}). One text at a time, no beams. `{launch.target}/` alone decodes without a draft.
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model("THIS FOLDER")
+tokenizer = og.Tokenizer(model)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=200)
+# parameters.set_speculative_options(max_draft_tokens={launch.gamma})  # 1 to 16
+generator = og.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode("Once upon a time"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)), generator.get_speculative_stats())
+```
+"""
+    }
+
+
+def _openvino(launch: Launch) -> dict[str, str]:
+    script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time"
+
+Needs: pip install openvino-genai openvino-tokenizers. The target's settings are the draft's as well.
+"""
+
+import sys
+from pathlib import Path
+
+import openvino_genai
+
+here = Path(__file__).resolve().parent
+settings = {{"INFERENCE_PRECISION_HINT": "f32"}}
+draft = openvino_genai.draft_model(str(here / "{launch.draft}"), "CPU", **settings)
+pipeline = openvino_genai.LLMPipeline(str(here / "{launch.target}"), "CPU", draft_model=draft, **settings)
+config = pipeline.get_generation_config()
+config.max_new_tokens = 200
+config.num_assistant_tokens = {launch.gamma}  # or assistant_confidence_threshold, not both
+result = pipeline.generate([sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"], config)
+print(result.texts[0])
+metrics = result.extended_perf_metrics
+print(f"accepted {{metrics.get_num_accepted_tokens()}} of {{metrics.get_num_draft_tokens()}}", file=sys.stderr)
+'''
+    return {
+        "launch.py": script,
+        README: f"""# A target and its draft for OpenVINO GenAI
+
+`python launch.py "a prompt"` runs the two folders `{launch.target}/` and `{launch.draft}/`; in your own code:
+`LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))`, and in the generation config
+`num_assistant_tokens = {launch.gamma}`. One text at a time, no beams.
+""",
+    }
+
+
+def _gguf(launch: Launch) -> dict[str, str]:
+    flags = f"-m {launch.target} -md {launch.draft}"
+    whole = " --swa-full" if launch.windows else ""
+    new = f"--spec-type draft-simple --spec-draft-n-max {launch.gamma} --spec-draft-n-min 0 --spec-draft-p-min 0.0"
+    old = f"--draft-max {launch.gamma} --draft-min 0 --draft-p-min 0.0"
+    window = "\nLayers of this model see a window: `--swa-full` keeps what a rejected token needs.\n" if whole else ""
+    return {
+        README: f"""# A target and its draft for llama.cpp
+
+In this folder:
+
+```
+llama-server {flags} {new}{whole}
+```
+
+Builds before `--spec-type` came: `llama-server {flags} {old}{whole}`, and for a single text
+`llama-speculative {flags} {old}{whole} -p "Once upon a time" -n 200`.
+{window}
+From Python: `edgewright generate THIS_FOLDER --prompt ...`, or `edgewright.open_session(THIS_FOLDER)`;
+llama-cpp-python's own `draft_model=` takes no second model.
+"""
+    }
+
+
+def vllm_config(launch: Launch) -> dict[str, object]:
+    """vLLM's `--speculative-config` for the draft's folder."""
+    return {"method": "draft_model", "model": launch.draft, "num_speculative_tokens": launch.gamma}
+
+
+def _hf(launch: Launch) -> dict[str, str]:
+    script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time"
+
+The draft's generation_config.json holds how many tokens it proposes.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+here = Path(__file__).resolve().parent
+tokenizer = AutoTokenizer.from_pretrained(here / "{launch.target}")
+target = AutoModelForCausalLM.from_pretrained(here / "{launch.target}")
+draft = AutoModelForCausalLM.from_pretrained(here / "{launch.draft}")
+prompt = tokenizer(sys.argv[1] if len(sys.argv) > 1 else "Once upon a time", return_tensors="pt")
+inputs = {{"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"]}}
+found = target.generate(**inputs, assistant_model=draft, max_new_tokens=200, do_sample=False)
+print(tokenizer.decode(found[0], skip_special_tokens=True))
+'''
+    config = json.dumps(vllm_config(launch))
+    return {
+        "launch.py": script,
+        "vllm.json": json.dumps(vllm_config(launch), indent=2) + "\n",
+        README: f"""# A target and its draft for transformers and vLLM
+
+transformers: `python launch.py "a prompt"`, or `target.generate(..., assistant_model=draft)`. The draft's
+`generation_config.json` says `num_assistant_tokens: {launch.gamma}`, schedule `constant`, and
+`assistant_confidence_threshold: 0`: without the last, transformers 5 stops drafting where the draft is unsure, and with
+scikit-learn learns when. One text at a time, no beams. Do not give `assistant_tokenizer`: both have the same.
+
+vLLM, in this folder (`vllm.json` holds the same):
+
+```
+vllm serve {launch.target} --speculative-config '{config}'
+```
+
+It drafts greedily unless `draft_sample_method` says otherwise.
+""",
+    }
+
+
+_FILES: Mapping[str, Callable[[Launch], dict[str, str]]] = {
+    "genai": _genai,
+    "openvino": _openvino,
+    "gguf": _gguf,
+    "hf": _hf,
+}
