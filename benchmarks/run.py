@@ -28,6 +28,7 @@ TITLES = {
     "seven_billion": "A Llama of 7B in 12 GB",
     "plan_memory": "Predicted against measured memory",
     "plan_time": "Predicted against measured time",
+    "drafts_lossless": "Speculative decoding: the target's own text in every runtime, and what the loop costs",
     "guard": "Hostile files: refused, in what time and memory",
     "data_speed": "Reading, tokenizing and packing",
     "kill_resume": "kill -9 and resume",
