@@ -78,7 +78,9 @@ def first_layer(directory: Path) -> Path:
     """The teacher without its later layers, where there is none yet."""
     if not (directory / "config.json").exists():
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(TEACHER, dtype="bfloat16")
         model.model.layers = model.model.layers[:1]
         model.config.num_hidden_layers = 1
