@@ -9,8 +9,8 @@ Target: examples/teacher in fp32; draft: --draft, or the teacher's own first lay
 * draft == target: acceptance 1 and gamma + 1 tokens a round, greedy; at least 0.99, drawn;
 * drawn: the joint of the first two tokens of 20,000 texts against the target's law, |z| < 4, for drafts that draw and
   for greedy ones; and with the wrong rule (a rejected token drawn from p) z far beyond;
-* the loop: what is not spent in the two models' passes, at most 10 % of them; cutting back the caches is counted as the
-  loop's and shown apart. Runtimes take turns; median of the repeats.
+* the loop: what is not spent in the two models' passes, at most 10 % of them; cutting back the caches and drawing
+  tokens (which plain decoding does as well) are counted as the loop's and shown apart. Runtimes take turns; medians.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def overhead(pairs: dict[str, Pair], given: argparse.Namespace) -> list[str]:
         clocks = timed[name]
         target, draft = pairs[name]
         sampler = Sampler(temperature=0.0 if kind == "greedy" else 1.0, top_p=1.0)
-        total = 0.0
-        passes = rewinds = 0.0
+        drawing = timed_draws(sampler)
+        total = passes = rewinds = 0.0
         for text in prompts:
             tokens = [target.start_id, *target.tokenize(text)][:64]
             proposer = DraftModel(draft, sampler, width=target.vocab_size)
@@ -255,7 +255,7 @@ def overhead(pairs: dict[str, Pair], given: argparse.Namespace) -> list[str]:
             total += time.perf_counter() - started
             passes += sum(clock.passes for clock in clocks)
             rewinds += sum(clock.rewinds for clock in clocks)
-        return {"all": (total - passes) / passes, "rewinds": rewinds / passes}
+        return {"all": (total - passes) / passes, "rewinds": rewinds / passes, "draws": sum(drawing) / passes}
 
     cases = [f"{name}, {kind}" for kind in ("greedy", "drawn") for name in pairs]
     for case in cases:
@@ -263,15 +263,34 @@ def overhead(pairs: dict[str, Pair], given: argparse.Namespace) -> list[str]:
     found = interleaved(cases, measure, given.repeats)
     missed = []
     for case, figures in found.items():
-        whole, cut = median(figures["all"]), median(figures["rewinds"])
+        whole, cut, draws = (median(figures[name]) for name in ("all", "rewinds", "draws"))
         spread = f"[{min(figures['all']):.1%} - {max(figures['all']):.1%}]"
-        print(f"loop over the two models' passes, {case}: {whole:.1%} {spread} (bar 10 %), of it rewinds {cut:.1%}")
+        print(
+            f"loop over the two models' passes, {case}: {whole:.1%} {spread} (bar 10 %), "
+            f"of it rewinds {cut:.1%}, draws {draws:.1%}"
+        )
         if whole > 0.1:
             missed.append(f"loop, {case}")
     for clocks in timed.values():
         for clock in clocks:
             clock.remove()
     return missed
+
+
+def timed_draws(sampler: Any) -> list[float]:
+    """The seconds of every distribution and draw of a sampler, as they come."""
+    seconds: list[float] = []
+    for name in ("distribution", "draw"):
+        method = getattr(sampler, name)
+
+        def timed(given: np.ndarray, method: Any = method) -> Any:
+            started = time.perf_counter()
+            result = method(given)
+            seconds.append(time.perf_counter() - started)
+            return result
+
+        setattr(sampler, name, timed)
+    return seconds
 
 
 class Timed:

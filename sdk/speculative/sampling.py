@@ -145,9 +145,10 @@ def _softmax(logits: np.ndarray, peak: float, temperature: float) -> np.ndarray:
     """float64, in one array: at this size of vocabularies a second one costs as much as the arithmetic."""
     mass: np.ndarray = logits.astype(np.float64)
     mass -= peak
-    mass /= temperature
+    if temperature != 1:
+        mass *= 1 / temperature
     np.exp(mass, out=mass)
-    mass /= mass.sum()
+    mass *= 1 / mass.sum()
     return mass
 
 
