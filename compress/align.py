@@ -6,7 +6,10 @@ cross-entropy (FastDraft, arXiv 2411.11055: sequence-level distillation). A draf
 GenAI, transformers and OpenVINO GenAI with `do_sample`) is accepted with sum(min(p, q)) = 1 - TV(p, q), so there it
 learns the target's distributions, by forward KL that gives way to total variation (`lk_hybrid`, arXiv 2602.23881).
 
-p is the target's distribution of the next token, q the draft's. The rules were read in the runtimes' sources.
+p is the target's distribution of the next token, q the draft's. The rules were read in the runtimes' sources. OpenVINO
+GenAI's is another one where it samples (`Sampler::validate_candidate` at 02400d9): it compares the draft's probability of
+its token with the target's of a token that it has just drawn, so text is not drawn from p exactly, and what is accepted
+is not that expectation; a draft whose distribution is the target's is the best one there as well.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Rule:
 RUNTIMES: Mapping[str, Rule] = {
     "genai": Rule(True, "ONNX Runtime GenAI samples its drafts and accepts them with min(1, p/q)"),
     "transformers": Rule(True, "transformers samples its drafts and accepts them with min(1, p/q)"),
-    "openvino": Rule(True, "OpenVINO GenAI samples its drafts and accepts them by a ratio of probabilities"),
+    "openvino": Rule(True, "OpenVINO GenAI samples its drafts, and accepts them by a ratio that is not the exact one"),
     "llamacpp": Rule(False, "llama.cpp drafts the draft's best token and accepts what it samples itself"),
     "vllm": Rule(False, "vLLM drafts the draft's best token unless draft_sample_method says otherwise"),
 }
