@@ -7,9 +7,9 @@ GenAI, transformers and OpenVINO GenAI with `do_sample`) is accepted with sum(mi
 learns the target's distributions, by forward KL that gives way to total variation (`lk_hybrid`, arXiv 2602.23881).
 
 p is the target's distribution of the next token, q the draft's. The rules were read in the runtimes' sources. OpenVINO
-GenAI's is another one where it samples (`Sampler::validate_candidate` at 02400d9): it compares the draft's probability of
-its token with the target's of a token that it has just drawn, so text is not drawn from p exactly, and what is accepted
-is not that expectation; a draft whose distribution is the target's is the best one there as well.
+GenAI's is another one where it samples (`Sampler::validate_candidate` at 02400d9): it compares the draft's probability
+of its token with the target's of a token that it has just drawn, so text is not drawn from p exactly, and what is
+accepted there is not that expectation.
 """
 
 from __future__ import annotations
