@@ -72,7 +72,7 @@ def main() -> None:
     arguments = parse()
     scale = SCALES[arguments.scale]
     places = Places(
-        data=data_section(arguments.data), work=arguments.work / scale.name, results=arguments.results / scale.name
+        data=data_section(arguments.data or scale.text), work=arguments.work / scale.name, results=arguments.results / scale.name
     )
     queue = chosen(jobs(scale, arguments.seeds), arguments.only)
     if arguments.worker:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from common import ROOT
 from quality_runs import ADAMW, SEQUENCE, Places, Section
 
 from edgewright.student import PresetStudentConfig
@@ -35,6 +36,8 @@ class Scale:
     judged_tokens: int = 100_000
     written: int = 2048
     """Documents that teachers write."""
+    text: tuple[str, ...] = ()
+    """Patterns of files in place of the usual text, all of which a cache stage reads."""
 
     def parameters(self, shape: Section) -> int:
         return PresetStudentConfig.model_validate(shape).parameters(self.vocabulary)
@@ -75,6 +78,7 @@ SCALES = {
         tokens_per_parameter=0.3,
         judged_tokens=4_000,
         written=12,
+        text=(str(ROOT / "sdk/*.py"),),
     ),
     "gpu": Scale(
         name="gpu",
