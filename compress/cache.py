@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgewright.compress.cache_format import Layout, Piece, from_bytes, piece_path, to_bytes
+from edgewright.compress.cache_format import (
+    FORMATS,
+    Layout,
+    Piece,
+    from_bits,
+    from_bytes,
+    piece_path,
+    to_bits,
+    to_bytes,
+)
 from edgewright.compress.targets import Sampled, TargetSource, TopK
 from edgewright.compress.teacher_config import CachedTeacherConfig
 from edgewright.errors import BadInput, RecipeError
@@ -34,7 +43,6 @@ if TYPE_CHECKING:
     from edgewright.recipe import Recipe
 
 MANIFEST = "cache.json"
-FORMAT = 1
 FOLDER = "cache"
 """Of the stage's own folder."""
 MOST_OPEN = 512
@@ -61,45 +69,80 @@ class CacheKey:
     @classmethod
     def of(cls, data: Source, corpus: Corpus) -> CacheKey:
         """Of a recipe's data."""
-        tokenizer = {name: value for name, value in corpus.hashes.items() if name.startswith("tokenizer/")}
-        text = {name: value for name, value in corpus.hashes.items() if name.startswith("train")}
         return cls(
-            tokens=hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest(),
-            tokenizer=hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
+            tokens=tokens_hash(corpus.hashes),
+            tokenizer=tokenizer_hash(corpus.hashes),
             sequence_length=data.sequence_length,
             restart_at_documents=data.restart_at_documents,
         )
 
 
+def tokens_hash(hashes: Mapping[str, str]) -> str:
+    """Over the packed tokens of a corpus, and over what says which are learned."""
+    return _over({name: value for name, value in hashes.items() if name.startswith("train")})
+
+
+def tokenizer_hash(hashes: Mapping[str, str]) -> str:
+    """Over the files of a corpus's tokenizer."""
+    return _over({name: value for name, value in hashes.items() if name.startswith("tokenizer/")})
+
+
+def _over(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(key: CacheKey, made: dict[str, Any]) -> str:
     """Of a cache: what it was made of, by which teacher, how."""
-    return hashlib.sha256(json.dumps([FORMAT, asdict(key), made], sort_keys=True).encode()).hexdigest()
+    version = FORMATS[made["targets"]["type"]]
+    return hashlib.sha256(json.dumps([version, asdict(key), made], sort_keys=True).encode()).hexdigest()
 
 
-def encode_sampled(ids: Tensor, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Draws as entries.
+def encode_sampled(ids: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Draws as different tokens.
 
     Args:
-        ids: [N, samples] int64, drawn tokens in any order.
+        ids: [T, N] int64, drawn tokens in any order.
 
     Returns:
-        (counts uint8 [N]: different tokens; entries uint8 [sum(counts), entry_bytes], by token, ids rising).
+        (first bool [T, N]: of the sorted draws, which are others than the one before; uint32: their ids, by token).
     """
     drawn = ids.sort(-1).values.cpu().numpy()
     first = np.ones(drawn.shape, bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    places = np.flatnonzero(first)
-    times = np.diff(places, append=drawn.size)  # a run never crosses rows, as each row begins one
-    entries = drawn.reshape(-1)[places].astype(np.uint64) + ((times - 1).astype(np.uint64) << np.uint64(layout.id_bits))
-    return first.sum(-1).astype(np.uint8), to_bytes(entries, layout.entry_bytes)
+    return first, drawn[first].astype(np.uint32)
 
 
-def sampled_sections(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+def sampled_sections(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int, layout: Layout
+) -> dict[str, np.ndarray]:
     """A piece's sections, of the `encode_sampled` of its batches in order."""
-    counts = np.concatenate([count for count, _ in parts])
-    each = counts.reshape(-1, length).sum(-1, dtype=np.uint64)
-    starts = np.concatenate([np.zeros(1, np.uint64), np.cumsum(each, dtype=np.uint64)]).astype("<u8")
-    return {"starts": starts, "counts": counts, "entries": np.concatenate([entries for _, entries in parts])}
+    first = np.concatenate([each for each, _ in parts])
+    ids = np.concatenate([each for _, each in parts])
+    ends = np.cumsum(first.reshape(-1, length * layout.most).sum(-1))
+    packed = [to_bits(part, layout.id_bits) for part in np.split(ids, ends[:-1])]
+    starts = np.cumsum([0, *map(len, packed)]).astype("<u8")
+    others = first[:, 1:].reshape(len(first) // length, length * (layout.most - 1))
+    return {"starts": starts, "first": np.packbits(others, axis=-1, bitorder="little"), "ids": np.concatenate(packed)}
+
+
+def decode_sampled(piece: Piece, row: int, length: int, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The draws of a sequence of a piece.
+
+    Returns:
+        (counts int64 [length]: different tokens; ids uint32 [sum(counts)], by token, rising; how often each was drawn).
+
+    Raises:
+        BadInput: EW-791, as `Piece.payload`.
+    """
+    size, most = layout.first_bytes(length), layout.most
+    first = np.ones((length, most), bool)
+    bits = np.unpackbits(
+        piece.section("first")[row * size : (row + 1) * size], count=length * (most - 1), bitorder="little"
+    )
+    first[:, 1:] = bits.reshape(length, most - 1)
+    times = np.diff(np.flatnonzero(first), append=first.size)  # a run never crosses tokens, as each begins one
+    begin, end = np.frombuffer(piece.section("starts"), "<u8")[row : row + 2].tolist()
+    return first.sum(-1), from_bits(piece.section("ids")[begin:end], len(times), layout.id_bits), times
 
 
 def encode_top_k(targets: TopK, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,18 +214,10 @@ class CachedSamples(CachedTargets):
     gives = Sampled
 
     def targets(self, inputs: ModelInputs, dtype: torch.dtype) -> Sampled:
-        counts, entries = [], []
-        for piece, row in self._rows(inputs):
-            length, width = self._length, self.layout.entry_bytes
-            begin, end = np.frombuffer(piece.section("starts"), "<u8")[row : row + 2].tolist()
-            counts.append(piece.section("counts")[row * length : (row + 1) * length])
-            entries.append(piece.section("entries")[begin * width : end * width])
-        count = np.concatenate(counts).astype(np.int64)
-        values = from_bytes(np.concatenate(entries), self.layout.entry_bytes)
-        ids = values & ((1 << self.layout.id_bits) - 1)
-        times = (values >> self.layout.id_bits) + 1
+        found = [decode_sampled(piece, row, self._length, self.layout) for piece, row in self._rows(inputs)]
+        count, ids, times = (np.concatenate(parts) for parts in zip(*found, strict=True))
         token = np.repeat(np.arange(len(count)), count)
-        column = np.arange(len(values)) - np.repeat(np.cumsum(count) - count, count)
+        column = np.arange(len(ids)) - np.repeat(np.cumsum(count) - count, count)
         shape = (len(count), int(count.max(initial=1)))
         padded_ids, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         padded_ids[token, column] = ids
@@ -236,7 +271,7 @@ def open_cache(folder: Path, key: CacheKey) -> CachedSamples | CachedTopK:
             differs.
     """
     manifest = read_manifest(folder)
-    check_made_of(folder, manifest, key)
+    check_made_of(folder, manifest, asdict(key))
     source = SOURCES[manifest["layout"]["kind"]](folder, manifest)
     assert isinstance(source, CachedSamples | CachedTopK)
     return source
@@ -253,10 +288,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = f"{pieces} pieces and no {MANIFEST}" if pieces else "no such file"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] == FORMAT and manifest["layout"]["kind"] in SOURCES:
+        version = FORMATS.get(manifest["layout"]["kind"])
+        if manifest["format"] == version:
             _check_manifest(manifest)
             return manifest
-        found = f"format {manifest['format']}"
+        if version is not None and isinstance(manifest["format"], int):
+            raise _other_format(path, manifest["layout"]["kind"], version, manifest["format"])
+        found = f"format {manifest['format']} of {manifest['layout']['kind']}"
     except OSError:
         pass
     except (ValueError, KeyError, TypeError):
@@ -268,6 +306,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         expected="the folder that a stage of type cache wrote, to its end",
         found=found,
         fix="run the recipe with the cache stage (again): it goes on where it stopped",
+    )
+
+
+def _other_format(path: Path, kind: str, version: int, found: int) -> BadInput:
+    """EW-793, for a cache of another version."""
+    return BadInput(
+        "EW-793",
+        f"this cache was written by {'an older' if found < version else 'a newer'} version of edgewright",
+        where=path.absolute(),
+        expected=f"{kind} targets in format {version}",
+        found=f"format {found}",
+        fix="run the recipe with the cache stage again: it makes the pieces anew, in its place"
+        if found < version
+        else "take that version, or run the recipe with the cache stage again",
     )
 
 
@@ -291,23 +343,33 @@ def check_pieces(folder: Path, manifest: dict[str, Any]) -> None:
         Piece(piece_path(folder, number), manifest["fingerprint"])
 
 
-def check_made_of(folder: Path, manifest: dict[str, Any], key: CacheKey) -> None:
+def check_made_of(folder: Path, manifest: dict[str, Any], ours: dict[str, Any]) -> None:
     """Refuse a cache of other data.
+
+    Args:
+        ours: parts of this data's key, as many as are known.
 
     Raises:
         RecipeError: EW-794.
     """
-    theirs, ours = manifest["key"], asdict(key)
-    different = [name for name in WORDS if theirs.get(name) != ours[name]]
+    theirs = manifest["key"]
+    different = [name for name in WORDS if name in ours and theirs.get(name) != ours[name]]
     if different:
+        verb = "is" if len(different) == 1 and different[0] != "tokens" else "are"
         raise RecipeError(
             "EW-794",
-            "the cache was made of other data: " + " and ".join(WORDS[name] for name in different) + " differ",
+            f"the cache was made of other data: {' and '.join(WORDS[name] for name in different)} {verb} not the same",
             where=folder.absolute(),
-            expected={name: ours[name] for name in different},
-            found={name: theirs.get(name) for name in different},
+            expected=f"a cache made of {_told(ours, different)}, as this recipe has",
+            found=_told(theirs, different),
             fix="run a cache stage on this data, or use the data that the cache was made of",
         )
+
+
+def _told(key: dict[str, Any], names: list[str]) -> str:
+    """Parts of a key, hashes by their first digits."""
+    values = [(WORDS[name], key.get(name)) for name in names]
+    return ", ".join(f"{word} {value[:12] if isinstance(value, str) else value}" for word, value in values)
 
 
 def check_caches_made_of(recipe: Recipe, corpus: Corpus) -> None:

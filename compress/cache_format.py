@@ -5,8 +5,10 @@
 The header says which sequences these are, of which cache, how long the payload is and what its SHA-256 is. All numbers
 are little-endian. With T tokens in a piece the payload is
 
-* sampled: `starts` uint64 [sequences + 1], entries before each sequence; `counts` uint8 [T], different tokens drawn;
-  `entries`, `entry_bytes` each: id + (times drawn - 1) * 2^id_bits.  (24 bits for V <= 131,072 and 50 to 127 draws.)
+* sampled: the N draws of a token are sorted by id. `first`, for each sequence N - 1 bits a token: whether the second,
+  third, ... of its draws is another token than the one before it. `ids`, for each sequence `id_bits` for each different
+  token, rising. Bits fill bytes from the lowest on, and every sequence begins with a byte of its own; `starts` uint64
+  [sequences + 1], bytes of `ids` before each.  A token with u different draws takes (N - 1 + u id_bits) / 8 bytes.
 * top_k: `ids` [T, k] of `id_bytes` each; `probabilities` float16 [T, k]; `tail` float16 [T], the mass of all others.
 
 float16 holds a probability to 2^-11 of itself, or to 3e-8 where it is below 6e-5. The tail is kept and not worked out,
@@ -29,6 +31,8 @@ from edgewright.errors import BadInput
 from edgewright.files import disk_errors, sync_directory
 
 MAGIC = b"EWCACHE1"
+FORMATS = {"sampled": 2, "top_k": 1}
+"""The version of each kind's payload. Sampled 1 had whole bytes for every entry, a third more."""
 MOST_HEADER = 1 << 16
 PIECE_TOKENS = 1 << 18
 """Tokens of a piece, about: what is done again after a kill, and read again to be verified."""
@@ -53,16 +57,16 @@ class Layout:
     def id_bytes(self) -> int:
         return -(-self.id_bits // 8)
 
-    @property
-    def entry_bytes(self) -> int:
-        """Of a drawn token with its count."""
-        return -(-(self.id_bits + max(1, (self.most - 1).bit_length())) // 8)
+    def first_bytes(self, tokens: int) -> int:
+        """Of the bits that tell draws of a sequence's tokens apart."""
+        return -(-tokens * (self.most - 1) // 8)
 
     def bytes_per_token(self, entries: float, sequence_length: int) -> float:
         """Of the payload, for so many different tokens drawn on average."""
         if self.kind == "top_k":
             return self.most * (self.id_bytes + 2) + 2
-        return entries * self.entry_bytes + 1 + 8 / sequence_length
+        filled = self.first_bytes(sequence_length) + 8 + 0.5  # of the last byte of ids half is empty, on average
+        return entries * self.id_bits / 8 + filled / sequence_length
 
 
 def to_bytes(values: np.ndarray, width: int) -> np.ndarray:
@@ -75,6 +79,19 @@ def from_bytes(raw: np.ndarray, width: int) -> np.ndarray:
     """The other way round: int64 [n] of n * width bytes."""
     columns = raw.reshape(-1, width).astype(np.int64)
     return (columns << (8 * np.arange(width))).sum(-1)
+
+
+def to_bits(values: np.ndarray, width: int) -> np.ndarray:
+    """Unsigned integers below 2^32 as `width` bits each, one after the other: uint8 [ceil(n * width / 8)]."""
+    raw = np.ascontiguousarray(values.astype("<u4")).view(np.uint8).reshape(-1, 4)
+    return np.packbits(np.unpackbits(raw, axis=-1, bitorder="little")[:, :width].reshape(-1), bitorder="little")
+
+
+def from_bits(raw: np.ndarray, count: int, width: int) -> np.ndarray:
+    """The other way round: uint32 [count]."""
+    bits = np.zeros((count, 32), np.uint8)
+    bits[:, :width] = np.unpackbits(raw, count=count * width, bitorder="little").reshape(count, width)
+    return np.packbits(bits, axis=-1, bitorder="little").view("<u4").reshape(count)
 
 
 def piece_path(folder: Path, number: int) -> Path:

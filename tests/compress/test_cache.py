@@ -15,15 +15,27 @@ import torch
 from overflow import overflow_at
 
 import edgewright
+from edgewright.check import check
 from edgewright.compress.cache import (
     CachedSamples,
     CachedTopK,
     CacheKey,
+    decode_sampled,
     encode_sampled,
     open_cache,
     read_manifest,
+    sampled_sections,
 )
-from edgewright.compress.cache_format import Layout, Piece, from_bytes, to_bytes
+from edgewright.compress.cache_format import (
+    Layout,
+    Piece,
+    from_bits,
+    from_bytes,
+    joined,
+    to_bits,
+    to_bytes,
+    write_piece,
+)
 from edgewright.compress.cache_stage import expected_entries
 from edgewright.compress.targets import Sampled
 from edgewright.data.tokenizer import load_encoder
@@ -104,11 +116,25 @@ def teacher_probabilities(run: Path, sequence: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "samples", "width"),
-    [(512, 50, 2), (4096, 50, 3), (131072, 127, 3), (151936, 50, 3), (152064, 100, 4)],
+    ("vocabulary", "samples", "entries", "most"),
+    [(4096, 50, 14.6, 28.1), (32000, 50, 12, 28.7), (131072, 50, 12, 31.8), (151936, 50, 12, 33.3)],
 )
-def test_entries_are_as_narrow_as_ids_and_counts_allow(vocabulary: int, samples: int, width: int) -> None:
-    assert Layout(kind="sampled", most=samples, vocab_size=vocabulary).entry_bytes == width
+def test_a_token_takes_as_many_bits_as_its_draws_and_ids_need(
+    vocabulary: int, samples: int, entries: float, most: float
+) -> None:
+    """Under the bar of 40 bytes, whichever vocabulary."""
+    layout = Layout(kind="sampled", most=samples, vocab_size=vocabulary)
+    size = layout.bytes_per_token(entries, 512)
+    assert (samples - 1 + entries * layout.id_bits) / 8 < size < most
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 12, 17, 32])
+@pytest.mark.parametrize("count", [0, 1, 7, 1000])
+def test_integers_come_back_from_any_number_of_bits(width: int, count: int) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << width, count)
+    packed = to_bits(values, width)
+    assert len(packed) == -(-count * width // 8)
+    assert (from_bits(packed, count, width) == values).all()
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5])
@@ -117,19 +143,24 @@ def test_integers_come_back_from_any_number_of_bytes(width: int) -> None:
     assert (from_bytes(to_bytes(values, width), width) == values).all()
 
 
-@pytest.mark.parametrize("samples", [1, 2, 50, 127])
-def test_draws_come_back_with_their_counts(samples: int) -> None:
+@pytest.mark.parametrize("samples", [1, 2, 50, 255])
+def test_draws_come_back_with_their_counts(samples: int, tmp_path: Path) -> None:
     layout = Layout(kind="sampled", most=samples, vocab_size=300)
     ids = torch.randint(0, 300, (40, samples), generator=torch.Generator().manual_seed(samples))
     ids[:5] = 299  # all the same, the largest
-    counts, entries = encode_sampled(ids, layout)
-    values = from_bytes(entries, layout.entry_bytes)
-    token = np.repeat(np.arange(40), counts)
-    back = np.zeros((40, 300), np.int64)
-    np.add.at(back, (token, values & ((1 << layout.id_bits) - 1)), (values >> layout.id_bits) + 1)
+    places, payload = joined(sampled_sections([encode_sampled(ids[:24]), encode_sampled(ids[24:])], 8, layout))
+    header = {"fingerprint": "", "sections": places}
+    write_piece(tmp_path / "piece", header, payload)
+    piece = Piece(tmp_path / "piece", "")
+    back, counted = np.zeros((40, 300), np.int64), 0
+    for row in (3, 0, 4, 1, 2):  # eight tokens each
+        counts, found, times = decode_sampled(piece, row, 8, layout)
+        np.add.at(back, (8 * row + np.repeat(np.arange(8), counts), found), times)
+        counted += len(found)
+    assert len(payload) == pytest.approx(40 * layout.bytes_per_token(counted / 40, 8), abs=5)
     expected = np.zeros((40, 300), np.int64)
     np.add.at(expected, (np.repeat(np.arange(40), samples), ids.numpy().reshape(-1)), 1)
-    assert (back == expected).all() and counts.sum() == (expected > 0).sum()
+    assert (back == expected).all() and counted == (expected > 0).sum()
 
 
 def test_the_expected_number_of_entries_is_what_draws_give() -> None:
@@ -264,6 +295,46 @@ def test_a_cache_of_other_data_is_refused_by_name(finished, change, word) -> Non
     assert raised.value.code == "EW-794" and word in raised.value.what
 
 
+def student_of(cache: Path, folder: Path, *, more_text: str = "") -> Path:
+    """A recipe whose only stage learns from a cache of another run."""
+    path = write_recipe(folder)
+    with (folder / "corpus/sched.py").open("a") as file:
+        file.write(more_text)
+    losses = "[{function: rs_kd, weight: 0.9}, {function: cross_entropy, weight: rest}]"
+    lesson = f"    objective: {{type: distill, teacher: {{type: cache, path: {cache}}}, losses: {losses}}}\n"
+    path.write_text(path.read_text().replace("    optimizer:", lesson + "    optimizer:", 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more_text", "change", "words"),
+    [
+        ("x = 1\n" * 50, "name=tiny", "the tokens of the training text and the tokenizer are"),
+        ("", "data.sequence_length=32", "data.sequence_length is"),
+        ("", "data.held_out=0.4", "training text"),
+    ],
+)
+def test_check_refuses_a_cache_of_other_data_as_the_run_does(finished, tmp_path, more_text, change, words) -> None:
+    cache = finished["sampled"] / "stages/said/cache"
+    recipe = student_of(cache, tmp_path, more_text=more_text)
+    (error,) = check(recipe, change).errors
+    with pytest.raises(RecipeError) as raised:
+        edgewright.run(recipe, change, f"output_dir={tmp_path / 'run'}", say=lambda line: None)
+    assert error.code == raised.value.code == "EW-794"
+    assert error.message() == raised.value.message() and words in error.what
+
+
+def test_check_takes_a_cache_of_the_same_data_and_says_what_it_did_not_read(finished, tmp_path, monkeypatch) -> None:
+    recipe = student_of(finished["sampled"] / "stages/said/cache", tmp_path)
+    report = check(recipe)
+    assert report.ok and not any("too much" in each.found for each in report.checks)
+    monkeypatch.setattr("edgewright.ahead.MOST_TEXT", 100)
+    report = check(recipe)
+    assert report.ok and any(each.status == "note" and "too much to be read" in each.found for each in report.checks)
+    (error,) = check(recipe, "data.sequence_length=32").errors
+    assert error.code == "EW-794", "what needs no text is compared in any case"
+
+
 def test_a_half_written_cache_says_how_far_it_is(finished, tmp_path) -> None:
     run = copied(finished["sampled"], tmp_path)
     key = key_of(run)
@@ -285,6 +356,27 @@ def test_a_damaged_manifest_is_said_to_be_one(finished, tmp_path, change) -> Non
     with pytest.raises(BadInput) as raised:
         read_manifest(path.parent)
     assert raised.value.code == "EW-793" and raised.value.found == "a damaged file"
+
+
+def test_a_cache_of_an_older_version_says_what_to_do_and_is_made_anew(finished, tmp_path) -> None:
+    """By the stage that wrote it; another run is told to let it."""
+    run = copied(finished["sampled"], tmp_path)
+    path = run / "stages/said/cache/cache.json"
+    whole = (path.parent / "00000.targets").read_bytes()
+    old = json.loads(path.read_text()) | {"format": 1, "fingerprint": "0" * 64}
+    path.write_text(json.dumps(old))
+    for piece in path.parent.glob("*.targets"):
+        piece.write_bytes(piece.read_bytes().replace(key_fingerprint(finished["sampled"]), b"0" * 64))
+    with pytest.raises(BadInput) as raised:
+        open_cache(path.parent, key_of(finished["sampled"]))
+    assert raised.value.code == "EW-793" and "older version" in raised.value.what
+    assert (raised.value.expected, raised.value.found) == ("sampled targets in format 2", "format 1")
+    edgewright.run(tmp_path / "tiny.yaml", f"output_dir={run}", say=lambda line: None)
+    assert (path.parent / "00000.targets").read_bytes() == whole and json.loads(path.read_text())["format"] == 2
+
+
+def key_fingerprint(run: Path) -> bytes:
+    return read_manifest(run / "stages/said/cache")["fingerprint"].encode()
 
 
 def test_k_above_the_vocabulary_is_refused_before_anything_is_read(tmp_path: Path) -> None:
