@@ -192,7 +192,13 @@ def packable(model: nn.Module, head: nn.Module | None) -> list[tuple[str, nn.Lin
 
 
 def pack_linears(model: PreTrainedModel, weights: TeacherWeights, device: torch.device) -> None:
-    """Turn a model's linear layers into bitsandbytes' own, on the device, one after the other."""
+    """Turn a model's linear layers into bitsandbytes' own, on the device, one after the other.
+
+    In 4 bits 64 weights share a scale of one byte, and 256 of those a float32 (QLoRA's double quantization). On CPUs
+    with AVX512-BF16 bitsandbytes has a kernel that reads the codes as they are, for which it would rewrite the scales
+    in two bytes with the first forward, rounded to bfloat16, and refuse layers whose outputs are no multiple of 32. A
+    teacher in 4 bits is there to be small, and to say the same on every machine: it goes without.
+    """
     with importing_bitsandbytes():
         import bitsandbytes as bnb
 
@@ -203,7 +209,10 @@ def pack_linears(model: PreTrainedModel, weights: TeacherWeights, device: torch.
         packed: nn.Module
         if weights == "nf4":
             packed = bnb.nn.Linear4bit(*shape, bias=has_bias, compute_dtype=dtype, quant_type="nf4", device="meta")
-            packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            packed.weight = bnb.nn.Params4bit(
+                linear.weight.data, requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics=True
+            )
+            packed.support_avx512bf16_for_cpu = False
         else:
             packed = bnb.nn.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False, device="meta")
             packed.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from edgewright.compress.teacher import Ensemble, OnlineTeacher, open_frozen
+from edgewright.compress.teacher import Ensemble, OnlineTeacher, open_frozen, packable
+from edgewright.data.tokenizer import load_encoder
 from edgewright.errors import Unsafe
 from edgewright.objective import ModelInputs
 
@@ -95,7 +96,9 @@ def stored_bytes(model: PreTrainedModel) -> int:
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
-        total += 0 if state is None else state.absmax.numel() * state.absmax.element_size()
+        if state is not None:
+            scales = [state.absmax, *([state.state2.absmax] if state.nested else [])]
+            total += sum(scale.numel() * scale.element_size() for scale in scales)
     return total
 
 
@@ -115,6 +118,55 @@ def test_narrow_teachers_take_less_and_say_nearly_the_same(tmp_path: Path, caplo
     assert divergences["fp32"] == pytest.approx(0, abs=1e-6)
     assert divergences["bf16"] < divergences["int8"] < divergences["nf4"] < 0.02
     assert "cast" not in caplog.text  # not a line for every product
+
+
+@torch.no_grad()
+def test_scales_of_four_bits_are_one_byte_and_stay_so(tmp_path: Path) -> None:
+    """4 bits a weight, a byte for 64, a float for 256 of those; also after the first forward."""
+    save(tmp_path / "t", hidden=256)
+    source = prepared(OnlineTeacher(tmp_path / "t", weights="nf4"))
+    logits(source, inputs())
+    layers = [module for module in source.open().modules() if type(module).__name__ == "Linear4bit"]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    stored = sum(stored_bytes(layer) for layer in layers)
+    assert stored == weights * (0.5 + 1 / 64 + 4 / 64 / 256)
+    assert stored < 0.26 * 2 * weights and {layer.weight.quant_state.absmax.dtype for layer in layers} == {torch.uint8}
+
+
+@torch.no_grad()
+def test_layers_of_any_height_are_held_in_four_bits(tmp_path: Path) -> None:
+    """Some kernels want multiples of 32; here two key heads of 8."""
+    model = save(tmp_path / "t", hidden=128)
+    linear = torch.nn.Linear(128, 24, bias=False, dtype=torch.bfloat16)
+    model.model.layers[0].self_attn.extra = linear
+    from edgewright.compress.teacher import pack_linears
+
+    x, wide = torch.randn(5, 128, dtype=torch.bfloat16), linear.weight.detach().clone()
+    pack_linears(model.to(torch.bfloat16), "nf4", CPU)
+    extra = model.model.layers[0].self_attn.extra
+    assert type(extra).__name__ == "Linear4bit"
+    assert float((extra(x) - x @ wide.T).square().mean() / (x @ wide.T).square().mean()) < 0.02
+
+
+@torch.no_grad()
+def test_scales_in_one_byte_change_next_to_nothing() -> None:
+    """The shipped teacher on text: held in 4 bits with scales of one byte and in float32, against bfloat16."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    shipped = Path(__file__).parents[2] / "examples/teacher"
+    ids = torch.from_numpy(load_encoder(shipped).encode([Path(__file__).read_text()])[0].astype("int64"))[None, :512]
+    given = ModelInputs(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+    said = {
+        kind: logits(prepared(OnlineTeacher(shipped, weights=kind)), given).log_softmax(-1) for kind in ("bf16", "nf4")
+    }
+    plain = open_frozen(shipped, "bf16", CPU)
+    for _, linear in packable(plain, plain.get_output_embeddings()):
+        linear.weight.data = dequantize_4bit(*quantize_4bit(linear.weight.data, blocksize=64, quant_type="nf4"))
+    said["float32 scales"] = logits(prepared(OnlineTeacher(model=plain)), given).log_softmax(-1)
+    apart = {kind: float((said["bf16"].exp() * (said["bf16"] - other)).sum(-1).mean()) for kind, other in said.items()}
+    between = float((said["nf4"].exp() * (said["nf4"] - said["float32 scales"])).sum(-1).mean())
+    assert apart["nf4"] == pytest.approx(apart["float32 scales"], rel=0.2), apart
+    assert between < 0.1 * apart["nf4"] and apart["nf4"] < 0.1, (between, apart)
 
 
 @pytest.mark.parametrize("weights", ["int8", "nf4"])
