@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -73,11 +73,51 @@ def check_prompts(stage: GenerateStageConfig) -> None:
         raise no_prompt(stage)
 
 
+def known_prompts(stage: GenerateStageConfig, encoder: Encoder | None) -> Iterator[Prompt]:
+    """Prompts as long as those of the stage, as far as that is known without the corpus.
+
+    Args:
+        encoder: the data's; None where it is not there yet, and prompts from files count as one token.
+    """
+    wanted = stage.prompts
+    if isinstance(wanted, PromptFilesConfig) and encoder is not None:
+        yield from from_files(wanted, encoder)
+    else:
+        length = wanted.tokens if isinstance(wanted, CorpusPromptsConfig) else 0
+        yield Prompt(f"stages.{stage.name}.prompts", [0] * (1 + length))
+
+
+def check_room(stage: GenerateStageConfig, prompts: Iterable[Prompt], context: int) -> None:
+    """Refuse prompts that leave no room for what is to follow them.
+
+    Args:
+        context: tokens that all the teachers can read.
+
+    Raises:
+        BadInput: EW-612, with the longest.
+    """
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    if len(longest.ids) + stage.max_new_tokens > context:
+        raise BadInput(
+            "EW-612",
+            "a prompt and what is to follow it do not fit into the teacher's context",
+            where=longest.name,
+            expected=f"at most {context} tokens together",
+            found=f"{len(longest.ids)} of the prompt + {stage.max_new_tokens} new",
+            fix="shorten the prompt or lower max_new_tokens",
+        )
+
+
 def texts_of(wanted: PromptFilesConfig) -> Iterator[tuple[str, str]]:
     """The documents of the files, long ones in pieces, each with its name."""
     from edgewright.data import FilesData, iterate_documents
 
-    return iterate_documents(FilesData(files=wanted.files, text_key=wanted.text_key, separator=wanted.separator))
+    class PromptFiles(FilesData):
+        """The same patterns under another key."""
+
+        key: ClassVar[str] = "prompts.files"
+
+    return iterate_documents(PromptFiles(files=wanted.files, text_key=wanted.text_key, separator=wanted.separator))
 
 
 def from_files(wanted: PromptFilesConfig, encoder: Encoder) -> Iterator[Prompt]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgewright._verbs import VerbModule
 from edgewright.compress.choice import LayerChoice
@@ -124,6 +124,8 @@ class _Checker:
         """What the stages leave that could begin."""
         self.smaller: dict[str, int] = {}
         """Parameters that stages leave whose methods change the shape of the model."""
+        self._key: dict[str, Any] | None = None
+        """What is known of the data for caches, once one was asked for."""
 
     def report(self, *, show_batch: bool = False) -> CheckReport:
         self._try("corpus", self._corpus)
@@ -239,7 +241,7 @@ class _Checker:
         if count is not None:
             self.parameters[stage.name] = count
         self._heads(stage)
-        self._cached(stage)
+        unknown = self._cached(stage)
         ahead = self._preview(stage)
         if ahead is not None:
             self.left[stage.name] = ahead.left
@@ -249,6 +251,7 @@ class _Checker:
         size = "a number of parameters that is not known yet" if count is None else f"{count:,} parameters"
         methods = ", ".join(method.type for method in stage.methods) or "no compression"
         yield f"{size}, {methods}, {stage.objective.type}"
+        yield from [] if unknown is None else [unknown]
         yield from start_notes(self.recipe, stage)
         if isinstance(stage.student, DerivedStudentConfig) and count is not None:
             yield from stage.student.notes(self.recipe, stage, count)
@@ -273,13 +276,20 @@ class _Checker:
 
     def _making(self, stage: CacheStageConfig | GenerateStageConfig) -> Iterator[str]:
         """A stage that trains nothing: whether its teachers speak the data's tokens, and what it will make."""
+        from edgewright.ahead import check_context
         from edgewright.compress.cache_stage import layout_of
         from edgewright.compress.prompts import check_prompts
         from edgewright.compress.teacher_notes import vocabulary_of
+        from edgewright.data import PretrainedTokenizer
+        from edgewright.data.tokenizer import load_encoder
 
         yield f"{stage.type}, {len(stage.teachers)} teacher{'s' if len(stage.teachers) > 1 else ''}"
         if stage.type == "generate":
             check_prompts(stage)
+            wanted = self.recipe.data.tokenizer
+            known = isinstance(wanted, PretrainedTokenizer) and self.vocab_size is not None
+            encoder = load_encoder(wanted.path) if known else None  # type: ignore[union-attr]
+            check_context(self.recipe, stage, encoder=encoder, sound=self.sound)
         sound = [
             config.model for config in stage.teachers if config.type == "checkpoint" and config.model in self.sound
         ]
@@ -288,20 +298,27 @@ class _Checker:
             if stage.type == "cache":
                 layout_of(stage, vocabulary_of(model))
 
-    def _cached(self, stage: StageConfig) -> None:
-        """Whether a cache that another run made is there, and of use to the losses; the run compares the data.
+    def _cached(self, stage: StageConfig) -> str | None:
+        """Whether a cache that another run made is there, of this data, and of use to the losses; what is not known.
 
         Raises:
-            BadInput: EW-791, EW-793. RecipeError: EW-781, EW-797.
+            BadInput: EW-791, EW-793. RecipeError: EW-781, EW-794, EW-797. What preparing the corpus raises.
         """
         objective = stage.lesson
         if objective.type == "distill" and objective.teacher.type == "cache" and objective.teacher.path is not None:
-            from edgewright.compress.cache import check_pieces, read_manifest
+            from edgewright.ahead import known_key
+            from edgewright.compress.cache import check_made_of, check_pieces, read_manifest
             from edgewright.recipe_rules import check_cache
 
             manifest = read_manifest(objective.teacher.path)
             check_pieces(objective.teacher.path, manifest)
             check_cache(stage.name, objective, manifest["layout"]["kind"], manifest["made"]["temperature"])
+            if self._key is None:
+                self._key = known_key(self.recipe)
+            check_made_of(objective.teacher.path, manifest, self._key)
+            if "tokens" not in self._key:
+                return "whether the cache is of this text is seen when the run begins: it is too much to be read here"
+        return None
 
     def _heads(self, stage: StageConfig) -> None:
         """Whether training can make the logits of what is opened here; without a model directory torch stays out."""

@@ -6,7 +6,7 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,9 @@ Pattern = Annotated[str, RelativeToRecipe()]
 class FilesData(Source):
     """Files that match patterns: .txt, .md, .py, .jsonl, each also as .gz, .xz or .zst."""
 
+    key: ClassVar[str] = "data.files"
+    """Of the recipe, for messages."""
+
     type: Literal["files"] = "files"
     files: Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
     """One glob pattern or several; `**` goes through folders. A plain path is a pattern as well."""
@@ -36,21 +39,24 @@ class FilesData(Source):
 
     def fingerprint(self) -> list[object]:
         entries: list[object] = []
-        for name, path in find(self._patterns):
+        for name, path in find(self._patterns, self.key):
             status = path.stat()
             entries.append([name, status.st_size, status.st_mtime_ns])
         return entries
 
     def documents(self) -> Iterator[RawDocument]:
         form = TextFormat(text_key=self.text_key, separator=self.separator)
-        for name, path in find(self._patterns):
+        for name, path in find(self._patterns, self.key):
             yield from read_file(path, name, form)
 
 
-def find(patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
+def find(patterns: tuple[str, ...], key: str = "data.files") -> list[tuple[str, Path]]:
     """The files that match, each once, with names that do not depend on where the folder lies; sorted.
 
     A file's name is its path below the part of the pattern that has no wildcard.
+
+    Args:
+        key: of the recipe, for messages.
 
     Raises:
         BadInput: EW-203 when a pattern matches no file, EW-204 when a file is of no kind that can be read.
@@ -62,7 +68,7 @@ def find(patterns: tuple[str, ...]) -> list[tuple[str, Path]]:
         matches = [Path(pattern)] if literal else [Path(path) for path in glob.glob(pattern, recursive=True)]
         files = [path for path in matches if path.is_file()]
         if not files:
-            raise _nothing(pattern, matches)
+            raise _nothing(pattern, matches, key)
         for path in files:
             file_kind(path)
             found.setdefault(path.resolve(), (path.relative_to(root).as_posix(), path))
@@ -76,10 +82,10 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[:fixed])
 
 
-def _nothing(pattern: str, matches: list[Path]) -> BadInput:
+def _nothing(pattern: str, matches: list[Path], key: str) -> BadInput:
     folders = [path for path in matches if path.is_dir()]
     if folders:
         found, fix = f"a folder, {folders[0]}", f"name its files: {folders[0]}/**/*.txt"
     else:
-        found, fix = "no file of that name", f"check data.files; relative paths start at {Path.cwd()}"
-    return BadInput("EW-203", "no file matches data.files", where=pattern, found=found, fix=fix)
+        found, fix = "no file of that name", f"check {key}; relative paths start at {Path.cwd()}"
+    return BadInput("EW-203", f"no file matches {key}", where=pattern, found=found, fix=fix)

@@ -121,11 +121,7 @@ def _build(config: Source, directory: Path, fingerprint: str, say: Say) -> dict[
     finally:
         for writer in writers.values():
             writer.abort()
-    tokenizer_files = {
-        f"tokenizer/{name}": {"file": f"tokenizer/{name}", "sha256": sha256_file(directory / "tokenizer" / name)}
-        for name in COPIED
-        if (directory / "tokenizer" / name).is_file()
-    }
+    tokenizer_files = {name: {"file": name, "sha256": sha256} for name, sha256 in _tokenizer_hashes(directory).items()}
     sync_tree(directory)
     index: dict[str, Any] = {
         "format": FORMAT,
@@ -189,6 +185,23 @@ def _tokenizer(config: Source, split: Split, directory: Path, say: Say) -> Encod
     if encoder.vocab_size < wanted.vocab_size:
         say(f"the corpus gave only {encoder.vocab_size:,} tokens of the {wanted.vocab_size:,} wanted")
     return encoder
+
+
+def pretrained_hashes(config: Source, wanted: PretrainedTokenizer, scratch: Path) -> dict[str, str]:
+    """`Corpus.hashes` of the tokenizer's files as they will be, without the text.
+
+    Args:
+        scratch: an empty folder, in which the files are made.
+    """
+    (scratch / "tokenizer").mkdir()
+    copy_tokenizer(wanted.path, scratch / "tokenizer")
+    config.complete_tokenizer(scratch / "tokenizer")
+    return _tokenizer_hashes(scratch)
+
+
+def _tokenizer_hashes(directory: Path) -> dict[str, str]:
+    files = {f"tokenizer/{name}": directory / "tokenizer" / name for name in COPIED}
+    return {name: sha256_file(file) for name, file in files.items() if file.is_file()}
 
 
 def _train(wanted: TrainTokenizer, config: Source, split: Split, directory: Path, target: Path, say: Say) -> None:

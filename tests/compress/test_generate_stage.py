@@ -15,6 +15,7 @@ from overflow import overflow_at
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import edgewright
+from edgewright.check import check
 from edgewright.compress.continuation import continue_prompts
 from edgewright.compress.generate import open_generated
 from edgewright.compress.generate_config import GenerateStageConfig
@@ -281,6 +282,38 @@ def test_recipes_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as raised:
         run(tmp_path, long)
     assert raised.value.code == "EW-612"
+
+
+@pytest.mark.parametrize("prompts", ["{type: none, documents: 4}", "{type: corpus, prompts: 4, tokens: 40}", FILES])
+def test_no_room_in_the_context_is_found_before_anything_is_trained(tmp_path: Path, prompts: str) -> None:
+    """The preset of the first stage reads 64 tokens."""
+    recipe = recipe_in(tmp_path, prompts=prompts)
+    changes = ("stages.written.temperatures=[1.0]", f"output_dir={tmp_path / 'run'}")
+    room = 64 - 1 - (40 if "corpus" in prompts else 0)  # of files the tokens are not known yet
+    assert check(recipe, *changes, f"stages.written.max_new_tokens={room}").ok
+    too_many = f"stages.written.max_new_tokens={room + 1}"
+    assert [error.code for error in check(recipe, *changes, too_many).errors] == ["EW-612"]
+    with pytest.raises(BadInput) as raised:
+        edgewright.run(recipe, *changes, too_many, say=lambda line: None)
+    assert raised.value.code == "EW-612" and "at most 64" in str(raised.value.expected)
+    assert not (tmp_path / "run/stages/base/checkpoints").exists()
+
+
+def test_the_length_of_prompts_in_files_counts_where_there_is_a_tokenizer(finished, tmp_path) -> None:
+    model = finished[0] / "stages/base/model"
+    recipe = recipe_in(tmp_path, teacher=f"{{type: checkpoint, model: {model}}}")
+    (tmp_path / "prompts.txt").write_text("import os\n" + "class A: pass; " * 20)
+    known = f"data.tokenizer={{type: pretrained, path: {model}}}"
+    report = check(recipe, known)
+    assert [error.code for error in report.errors] == ["EW-612"]
+    assert "prompts.txt" in str(report.errors[0].where)
+
+
+def test_files_of_prompts_that_are_not_there_name_their_key(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, prompts="{type: files, files: nothing.txt}")
+    (error,) = check(recipe).errors
+    assert error.code == "EW-203" and "prompts.files" in error.what and "prompts.files" in str(error.fix)
+    assert "data.files" not in error.message()
 
 
 def test_files_without_a_prompt_are_found_before_anything_is_trained(tmp_path: Path) -> None:
