@@ -17,7 +17,6 @@ import torch
 from edgewright.chunked import chunk_rows
 from edgewright.compress.cache import (
     FOLDER,
-    FORMAT,
     MANIFEST,
     CacheKey,
     encode_sampled,
@@ -27,11 +26,12 @@ from edgewright.compress.cache import (
     top_k_sections,
 )
 from edgewright.compress.cache_config import CacheStageConfig, TopKConfig
-from edgewright.compress.cache_format import PIECE_TOKENS, Layout, Piece, joined, piece_path, write_piece
-from edgewright.compress.targets import Logits, Sampled, TargetSource, TopK
+from edgewright.compress.cache_format import FORMATS, PIECE_TOKENS, Layout, Piece, joined, piece_path, write_piece
+from edgewright.compress.targets import Logits, Sampled, Targets, TargetSource, TopK
 from edgewright.compress.teacher_notes import check_speaks, models_identity, not_finite, smallest_vocabulary
 from edgewright.errors import BadInput, RecipeError
 from edgewright.files import write_json
+from edgewright.stage_cost import StageCost
 from edgewright.stage_work import Made, StageWork
 from edgewright.training import TrainingConfig, decide
 
@@ -73,9 +73,8 @@ def make_cache(stage: CacheStageConfig, work: StageWork) -> Made:
     cache = _Cache(stage, work)
     work.world.main_first(cache.begin)
     missing = work.world.shared(cache.missing() if work.world.is_main else None)
-    if missing:
-        cache.make(missing)
-    work.world.main_only(cache.finish)
+    cost = cache.make(missing) if missing else None
+    work.world.main_only(lambda: cache.finish(cost))
     return Made(output=cache.folder)
 
 
@@ -127,13 +126,15 @@ class _Cache:
                 found.append(number)
         return found
 
-    def make(self, missing: list[int]) -> None:
-        """The pieces of this process, in step with the others."""
+    def make(self, missing: list[int]) -> StageCost | None:
+        """The pieces of this process, in step with the others; what that takes, where this is the main one."""
         work, world = self.work, self.work.world
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for note in check_speaks(self.stage.teachers, work, f"teacher of stage {self.stage.name}"):
             work.say(f"note: {note}")
         decisions = decide(TrainingConfig(precision=self.stage.precision, compile="off"), parameters=1, tokens=1)
+        decisions["micro_batch"] = self.stage.per_device_batch_size
+        cost = StageCost(work.directory, decisions) if world.is_main else None
         device, dtype = torch.device(decisions["device"]), getattr(torch, decisions["precision"])
         source = self.stage.teacher.build(work.earlier, self.key)
         source.prepare(None, device)
@@ -142,6 +143,8 @@ class _Cache:
             mine = missing[turn : turn + world.size]
             if world.rank < len(mine):
                 tokens += self._piece(mine[world.rank], source, device, dtype)
+            if cost is not None:
+                cost.keep()
             world.any(False)
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
@@ -150,6 +153,7 @@ class _Cache:
                     f"{self.stage.name}: {min(turn + world.size, len(missing))} of {len(missing)} pieces, "
                     f"{rate:,.0f} tokens/s"
                 )
+        return cost
 
     def _piece(self, number: int, source: TargetSource, device: torch.device, dtype: torch.dtype) -> int:
         """Make and write one piece; its tokens."""
@@ -164,10 +168,11 @@ class _Cache:
             inputs = model_inputs(self.batches.rows(list(sequences[begin : begin + size])), device)
             parts += list(self._encoded(inputs, source, dtype, generator))
         length = self.batches.sequence_length
-        sections = top_k_sections(parts) if self.layout.kind == "top_k" else sampled_sections(parts, length)
+        sampled = self.layout.kind == "sampled"
+        sections = sampled_sections(parts, length, self.layout) if sampled else top_k_sections(parts)
         places, payload = joined(sections)
         header = {
-            "format": FORMAT,
+            "format": FORMATS[self.layout.kind],
             "fingerprint": self.fingerprint,
             "first": first,
             "sequences": len(sequences),
@@ -181,25 +186,20 @@ class _Cache:
     ) -> Iterator[Any]:
         """A micro-batch's targets, chunk by chunk."""
         targets, tokens = source.targets(inputs, dtype), inputs.input_ids.numel()
-        rows, temperature = chunk_rows(self.layout.vocab_size), self.stage.temperature
-        for begin in range(0, tokens, rows):
-            chunk = targets.rows(slice(begin, min(begin + rows, tokens)))
-            assert isinstance(chunk, Logits), "a teacher that runs gives logits"
-            logits = chunk.values[:, : self.layout.vocab_size]
-            if not bool(logits.isfinite().all()):
-                assert inputs.sequences is not None
-                place = begin + int((~logits.isfinite()).any(-1).nonzero()[0])
-                row, position = divmod(place, inputs.input_ids.shape[1])
-                sequence = inputs.sequences[row]
-                raise not_finite(self.work.recipe, self.work.corpus, self.batches, sequence, position)
-            if self.layout.kind == "top_k":
-                yield encode_top_k(TopK.of(logits, self.layout.most, temperature=temperature), self.layout)
-            else:
-                drawn = Sampled.of(logits, self.layout.most, temperature=temperature, generator=generator)
-                yield encode_sampled(drawn.ids, self.layout)
+        try:
+            yield from encoded(targets, tokens, self.layout, self.stage.temperature, generator)
+        except NotFinite as problem:
+            assert inputs.sequences is not None
+            row, position = divmod(problem.token, inputs.input_ids.shape[1])
+            sequence = inputs.sequences[row]
+            raise not_finite(self.work.recipe, self.work.corpus, self.batches, sequence, position) from None
 
-    def finish(self) -> None:
-        """The manifest, once every piece is there."""
+    def finish(self, cost: StageCost | None) -> None:
+        """The manifest, once every piece is there.
+
+        Args:
+            cost: what making them took; None where all were there.
+        """
         target = self.folder / MANIFEST
         if target.exists():
             self.work.say(f"{self.stage.name}: done already")
@@ -209,7 +209,7 @@ class _Cache:
         write_json(
             target,
             {
-                "format": FORMAT,
+                "format": FORMATS[self.layout.kind],
                 "fingerprint": self.fingerprint,
                 "key": asdict(self.key),
                 "made": self.made,
@@ -221,7 +221,39 @@ class _Cache:
                 "bytes": sum(sizes),
             },
         )
+        if cost is not None:
+            cost.keep(done=True)
         self.work.say(f"{self.stage.name}: {tokens:,} tokens, {sum(sizes):,} bytes, {sum(sizes) / tokens:.2f} a token")
+
+
+class NotFinite(Exception):
+    """A teacher's logits are not finite numbers at a token of a micro-batch."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__(token)
+        self.token = token
+
+
+def encoded(
+    targets: Targets, tokens: int, layout: Layout, temperature: float, generator: torch.Generator
+) -> Iterator[Any]:
+    """The targets of a micro-batch as they are kept, chunk by chunk.
+
+    Raises:
+        NotFinite: with the first token of which that is so.
+    """
+    rows = chunk_rows(layout.vocab_size)
+    for begin in range(0, tokens, rows):
+        chunk = targets.rows(slice(begin, min(begin + rows, tokens)))
+        assert isinstance(chunk, Logits), "a teacher that runs gives logits"
+        logits = chunk.values[:, : layout.vocab_size]
+        if not bool(logits.isfinite().all()):
+            raise NotFinite(begin + int((~logits.isfinite()).any(-1).nonzero()[0]))
+        if layout.kind == "top_k":
+            yield encode_top_k(TopK.of(logits, layout.most, temperature=temperature), layout)
+        else:
+            drawn = Sampled.of(logits, layout.most, temperature=temperature, generator=generator)
+            yield encode_sampled(drawn.ids)
 
 
 def _in_order(work: StageWork) -> Batches:

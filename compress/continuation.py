@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class _Reader:
+class Reader:
     """A model and what it has read."""
 
     model: PreTrainedModel
@@ -75,13 +75,13 @@ def continue_prompts(
         mask[row, longest - len(prompt) :] = 1
     positions = (mask.cumsum(-1) - 1).clamp_min_(0)
     heat = torch.tensor(list(temperatures), device=device, dtype=torch.float32)[:, None]
-    readers = [_Reader(model, dtype) for model in models]
+    readers = [Reader(model, dtype) for model in models]
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for number in range(max_new_tokens):
         logits = sum_of([reader.next_logits(ids, mask, positions)[:, :vocab_size] for reader in readers])
         _check_finite(logits, open_rows, names, number)
-        chosen = _choose(logits, heat, generator)
+        chosen = choose(logits, heat, generator)
         open_rows &= chosen != eos_id
         for row in open_rows.nonzero()[:, 0].tolist():
             written[row].append(int(chosen[row]))
@@ -101,7 +101,7 @@ def sum_of(logits: list[Tensor]) -> Tensor:
     return total / len(logits)
 
 
-def _choose(logits: Tensor, heat: Tensor, generator: torch.Generator) -> Tensor:
+def choose(logits: Tensor, heat: Tensor, generator: torch.Generator | None) -> Tensor:
     """Greedy where the temperature is 0, drawn elsewhere; every row draws, so that no row's draws hang on others'."""
     probabilities = torch.softmax(logits / heat.clamp_min(1e-6), dim=-1)
     drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 from edgewright.compress.continuation import continue_prompts
-from edgewright.compress.prompts import Prompt, read_prompts
+from edgewright.compress.prompts import Prompt, check_room, read_prompts
 from edgewright.compress.teacher_notes import check_speaks, models_identity, smallest_vocabulary
 from edgewright.data.shards import FORMAT, INDEX, StreamWriter, TokenStream, open_stream, read_index
 from edgewright.data.split import TRAIN
 from edgewright.data.tokenizer import Encoder, load_encoder
 from edgewright.errors import BadInput
 from edgewright.files import disk_errors, sha256_file, write_json, write_text
+from edgewright.stage_cost import StageCost
 from edgewright.stage_work import Made, StageWork
 from edgewright.training import TrainingConfig, decide
 
@@ -70,8 +71,8 @@ def generate_corpus(stage: GenerateStageConfig, work: StageWork) -> Made:
     if done:
         work.say(f"{stage.name}: done already")
         return Made(output=writing.folder)
-    writing.write_missing()
-    work.world.main_only(writing.put_together)
+    cost = writing.write_missing()
+    work.world.main_only(lambda: writing.put_together(cost))
     return Made(output=writing.folder)
 
 
@@ -128,17 +129,19 @@ class _Writing:
         written: list[list[int]] = piece["written"]
         return written
 
-    def write_missing(self) -> None:
-        """Every process its share of the missing pieces, in step."""
+    def write_missing(self) -> StageCost | None:
+        """Every process its share of the missing pieces, in step; what that takes, where this is the main one."""
         work, world = self.work, self.work.world
         missing = world.shared(
             [number for number in range(self.pieces) if self._read(number) is None] if world.is_main else None
         )
         if not missing:
-            return
+            return None
         for note in check_speaks(self.stage.teachers, work, f"teacher of stage {self.stage.name}"):
             work.say(f"note: {note}")
         decisions = decide(TrainingConfig(compile="off"), parameters=1, tokens=1)
+        decisions["micro_batch"] = min(self.stage.per_device_batch_size, len(self.tasks))
+        cost = StageCost(work.directory, decisions) if world.is_main else None
         device, dtype = torch.device(decisions["device"]), getattr(torch, decisions["precision"])
         models = self._models(device)
         said = time.monotonic()
@@ -146,10 +149,13 @@ class _Writing:
             mine = missing[turn : turn + world.size]
             if world.rank < len(mine):
                 self._write(mine[world.rank], models, dtype)
+            if cost is not None:
+                cost.keep()
             world.any(False)
             if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 work.say(f"{self.stage.name}: {min(turn + world.size, len(missing))} of {len(missing)} pieces")
+        return cost
 
     def _models(self, device: torch.device) -> list[PreTrainedModel]:
         """All in memory: every new token asks each of them.
@@ -161,16 +167,7 @@ class _Writing:
 
         models = [open_frozen(t.directory(self.work.earlier), t.weights, device) for t in self.stage.teachers]
         context = min(model.config.get_text_config().max_position_embeddings for model in models)
-        longest = max((task.prompt for task in self.tasks), key=lambda prompt: len(prompt.ids))
-        if len(longest.ids) + self.stage.max_new_tokens > context:
-            raise BadInput(
-                "EW-612",
-                "a prompt and what is to follow it do not fit into the teacher's context",
-                where=longest.name,
-                expected=f"at most {context} tokens together",
-                found=f"{len(longest.ids)} of the prompt + {self.stage.max_new_tokens} new",
-                fix="shorten the prompt or lower max_new_tokens",
-            )
+        check_room(self.stage, (task.prompt for task in self.tasks), context)
         return models
 
     def _write(self, number: int, models: list[PreTrainedModel], dtype: torch.dtype) -> None:
@@ -204,8 +201,12 @@ class _Writing:
             assert written is not None, "it was there, or was just made"
             yield from zip(self.tasks[number * self._each : (number + 1) * self._each], written, strict=True)
 
-    def put_together(self) -> None:
-        """Drop what is empty or came before; write text and tokens, and the index last."""
+    def put_together(self, cost: StageCost | None) -> None:
+        """Drop what is empty or came before; write text and tokens, and the index last.
+
+        Args:
+            cost: what writing it took; None where all was there.
+        """
         counts = {"asked": len(self.tasks), "kept": 0, "duplicates": 0, "empty": 0, "tokens": 0}
         (self.folder / INDEX).unlink(missing_ok=True)
         writer = StreamWriter(
@@ -240,6 +241,8 @@ class _Writing:
                 "report": counts,
             },
         )
+        if cost is not None:
+            cost.keep(done=True)
         self.work.say(
             f"{self.stage.name}: {counts['kept']:,} documents of {counts['asked']:,} asked for, {entry['tokens']:,} "
             f"tokens; dropped: {counts['duplicates']:,} that came before, {counts['empty']:,} empty"

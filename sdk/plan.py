@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from edgewright.planner.cases import StageModels
     from edgewright.planner.devices import Device
     from edgewright.planner.history import PastErrors
+    from edgewright.planner.making import MakingPlan
     from edgewright.planner.probe import Probe
     from edgewright.planner.stage_plan import StagePlan
-    from edgewright.recipe import Recipe, StageConfig
+    from edgewright.planner.written import WrittenPlan
+    from edgewright.recipe import AnyStageConfig, Recipe, StageConfig
 
 ONLY_OF_DISK = "EW-403"
 """What `check` says of too small a disk; a plan says it in its own way."""
@@ -48,7 +50,7 @@ class Plan:
     Args:
         recipe: the file.
         device: where it would run.
-        stages: in order; memory is each one's own, since a run trains one after the other.
+        stages: in order; memory is each one's own, since a run carries out one after the other.
         disk: bytes by kind, and their total.
         free: bytes that the disk of the run directory has.
         advice: what to change in the stage that needs most.
@@ -57,18 +59,20 @@ class Plan:
 
     recipe: Path
     device: Device
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StagePlan | MakingPlan, ...]
     disk: dict[str, int]
     free: int
     advice: tuple[Advice, ...]
     past: PastErrors
     caches: tuple[CachePlan, ...] = ()
     """What stages of type cache will write."""
+    written: tuple[WrittenPlan, ...] = ()
+    """What stages of type generate will write."""
 
     @property
-    def largest(self) -> StagePlan | None:
-        """The training that needs most memory; None where nothing is trained."""
-        return max(self.stages, key=lambda stage: stage.memory.total, default=None)
+    def largest(self) -> StagePlan | MakingPlan:
+        """The stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
 
     @property
     def fits(self) -> bool:
@@ -77,21 +81,19 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """`memory` and `advice` are those of the stage that needs most; disk, flops and seconds of the whole run."""
-        from edgewright.planner.memory import Memory
-
         times = [stage.time for stage in self.stages]
         known = all(time.seconds is not None for time in times)
         return {
             "schema_version": 1,
             "recipe": str(self.recipe),
             "device": self.device.to_json(),
-            "stage": None if self.largest is None else self.largest.name,
-            "memory": (Memory.none() if self.largest is None else self.largest.memory).to_json(),
-            "memory_range": [0, 0] if self.largest is None else list(self.largest.memory_range),
+            "stage": self.largest.name,
+            "memory": self.largest.memory.to_json(),
+            "memory_range": list(self.largest.memory_range),
             "disk": self.disk["total"],
             "disk_parts": self.disk,
             "disk_free": self.free,
-            "flops": sum(stage.step.flops * stage.steps for stage in self.stages),
+            "flops": sum(stage.flops for stage in self.stages),
             "seconds": sum(time.seconds or 0 for time in times) if known else None,
             "seconds_range": [sum(time.low or 0 for time in times), sum(time.high or 0 for time in times)]
             if known
@@ -100,6 +102,7 @@ class Plan:
             "advice": [advice.to_json() for advice in self.advice],
             "past_error": self.past.to_json(),
             "caches": [cache.to_json() for cache in self.caches],
+            "written": [each.to_json() for each in self.written],
             "stages": [stage.to_json() for stage in self.stages],
         }
 
@@ -129,7 +132,7 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
         raise CheckFailed(errors)
     vocab_size = _vocabulary(loaded)
 
-    def probed(stage: StageConfig, planned: StagePlan) -> Probe | None:
+    def probed(stage: AnyStageConfig, planned: StagePlan | MakingPlan) -> Probe | None:
         return run_probe(Path(recipe), overrides, stage.name, vocab_size) if probe else None
 
     return predicted(Path(recipe), loaded, place, vocab_size, probed)
@@ -140,9 +143,10 @@ def predicted(
     recipe: Recipe,
     device: Device,
     vocab_size: int,
-    probed: Callable[[StageConfig, StagePlan], Probe | None],
+    probed: Callable[[AnyStageConfig, StagePlan | MakingPlan], Probe | None],
     *,
     advice: bool = True,
+    share: float = 1.0,
 ) -> Plan:
     """`plan` of a recipe that was checked.
 
@@ -150,7 +154,8 @@ def predicted(
         source: the recipe's file.
         probed: runs the probe of a stage, of which this is the plan without one, or decides against it; it is asked
             where the device is here and the stage can be probed.
-        advice: whether to look for what could be changed, and to ask teachers how large their caches will be.
+        advice: whether to look for what could be changed.
+        share: of the text that teachers may read to tell how large their caches will be.
 
     Raises:
         as `simulate` and `stage_models`.
@@ -159,59 +164,63 @@ def predicted(
     from edgewright.planner.cases import stage_models
     from edgewright.planner.disk import disk
     from edgewright.planner.history import past
-    from edgewright.planner.stage_plan import plan_stage
+    from edgewright.planner.making import plan_cache_stage, plan_generate_stage
+    from edgewright.planner.stage_plan import StagePlan, plan_stage
+    from edgewright.planner.written import plan_written
 
     models = {stage.name: found for stage, found in stage_models(recipe, vocab_size)}
-    stages = []
-    for stage in recipe.trainings:
-        planned = plan_stage(recipe, stage, models[stage.name], device)
+    stages: list[StagePlan | MakingPlan] = []
+    caches: list[CachePlan] = []
+    written: list[WrittenPlan] = []
+    for stage in recipe.stages:
+        planned: StagePlan | MakingPlan
+        if stage.type == "train":
+            planned = plan_stage(recipe, stage, models[stage.name], device)
+        elif stage.type == "cache":
+            caches.append(plan_cache(recipe, stage, vocab_size, share=share))
+            planned = plan_cache_stage(recipe, stage, models[stage.name], caches[-1], device)
+        else:
+            written.append(plan_written(recipe, stage, vocab_size))
+            planned = plan_generate_stage(stage, models[stage.name], written[-1], device)
         if device.here and _can_be_probed(stage):
             found = probed(stage, planned)
             planned = planned if found is None else planned.with_probe(found)
         stages.append(planned)
-    made = [stage for stage in recipe.stages if stage.type == "cache"] if advice else []
-    caches = tuple(plan_cache(recipe, stage, vocab_size) for stage in made)
+    trained = {stage.name: stage for stage in stages if isinstance(stage, StagePlan)}
+    largest = max(stages, key=lambda stage: stage.memory.total)
     return Plan(
         recipe=source,
         device=device,
         stages=tuple(stages),
-        disk=disk(recipe, {stage.name: stage.step for stage in stages}, vocab_size, caches),
+        disk=disk(recipe, trained, vocab_size, caches, written),
         free=_free(recipe.run_directory),
-        advice=_of_largest(recipe, stages, models, device) if advice else (),
+        advice=_advice(recipe, models[largest.name], device, largest) if advice else (),
         past=past(recipe.run_directory, device),
-        caches=caches,
+        caches=tuple(caches),
+        written=tuple(written),
     )
 
 
-def _of_largest(
-    recipe: Recipe, stages: list[StagePlan], models: dict[str, StageModels], device: Device
-) -> tuple[Advice, ...]:
-    """What to change in the stage that needs most."""
-    if not stages:
-        return ()
-    largest = max(stages, key=lambda stage: stage.memory.total)
-    config = recipe.stage(largest.name)
-    assert config is not None
-    return tuple(_advice(recipe, config, models[config.name], device, largest))
-
-
-def _can_be_probed(stage: StageConfig) -> bool:
+def _can_be_probed(stage: AnyStageConfig) -> bool:
     """Whether there are targets, where they are needed: a teacher that an earlier stage makes is not there yet."""
     return stage.teacher is None or (
         bool(stage.teachers) and all(teacher.type == "checkpoint" for teacher in stage.teachers)
     )
 
 
-def _advice(
-    recipe: Recipe, stage: StageConfig, models: StageModels, device: Device, planned: StagePlan
-) -> list[Advice]:
+def _advice(recipe: Recipe, models: StageModels, device: Device, planned: StagePlan | MakingPlan) -> tuple[Advice, ...]:
+    """What to change in a stage that trains; of others there is nothing yet that we could tell."""
     from edgewright.planner.advice import advise
     from edgewright.planner.stage_plan import changed_memory
 
-    def total(changed: StageConfig) -> int:
-        return changed_memory(recipe, changed, models, device, planned.case.decisions)
+    stage = recipe.stage(planned.name)
+    if stage is None:
+        return ()
 
-    return advise(stage, planned.memory.total, total, gpu=device.kind == "cuda")
+    def total(changed: StageConfig) -> int:
+        return changed_memory(recipe, changed, models, device, planned.decisions)
+
+    return tuple(advise(stage, planned.memory.total, total, gpu=device.kind == "cuda"))
 
 
 def _vocabulary(recipe: Recipe) -> int:

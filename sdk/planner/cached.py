@@ -7,6 +7,7 @@ spread over the text. Where the text is prepared its tokens are counted; else it
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,11 +67,12 @@ class _Text:
     notes: tuple[str, ...]
 
 
-def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int) -> CachePlan:
+def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int, *, share: float = 1.0) -> CachePlan:
     """Predict what a cache stage writes.
 
     Args:
         vocab_size: of the data's tokenizer, which stands for that of a teacher that is not there yet.
+        share: of the text that the teacher may read for it, besides `SAMPLE_TOKENS`; one sequence in any case.
 
     Raises:
         EdgewrightError: what opening the corpus, the tokenizer and the teacher raise.
@@ -84,7 +86,7 @@ def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int) -> Cach
     notes, length = list(text.notes), recipe.data.sequence_length
     entries = USUAL_ENTRIES
     if layout.kind == "sampled" and known and text.batches is not None:
-        entries, read = _entries(stage, layout, text.batches)
+        entries, read = _entries(stage, layout, text.batches, min(SAMPLE_TOKENS, share * text.tokens))
         notes.append(f"{entries:.1f} different tokens in {layout.most} draws, by the teacher on {read:,} tokens")
     elif layout.kind == "sampled":
         entries = min(USUAL_ENTRIES, layout.most)
@@ -97,8 +99,8 @@ def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int) -> Cach
     )
 
 
-def _entries(stage: CacheStageConfig, layout: Layout, batches: Batches) -> tuple[float, int]:
-    """Different tokens that the draws give on average, and on how many tokens that was seen."""
+def _entries(stage: CacheStageConfig, layout: Layout, batches: Batches, most: float) -> tuple[float, int]:
+    """Different tokens that the draws give on average, and on how many tokens that was seen: about `most`."""
     import torch
 
     from edgewright.chunked import chunk_rows
@@ -113,7 +115,7 @@ def _entries(stage: CacheStageConfig, layout: Layout, batches: Batches) -> tuple
     key = CacheKey(tokens="", tokenizer="", sequence_length=batches.sequence_length, restart_at_documents=True)
     source = stage.teacher.build({}, key)
     source.prepare(None, device)
-    wanted = min(len(batches), -(-SAMPLE_TOKENS // batches.sequence_length))
+    wanted = min(len(batches), max(1, math.ceil(most / batches.sequence_length)))
     order = np.random.default_rng(0).permutation(np.linspace(0, len(batches) - 1, wanted).astype(int))
     total, read, started = 0.0, 0, time.monotonic()
     rows = chunk_rows(layout.vocab_size)
@@ -123,7 +125,8 @@ def _entries(stage: CacheStageConfig, layout: Layout, batches: Batches) -> tuple
         for begin in range(0, tokens, rows):
             chunk = targets.rows(slice(begin, min(begin + rows, tokens)))
             assert isinstance(chunk, Logits), "a teacher that runs gives logits"
-            total += float(expected_entries(chunk.values[:, : layout.vocab_size], layout.most, stage.temperature).sum())
+            found = expected_entries(chunk.values[:, : layout.vocab_size], layout.most, stage.temperature)
+            total += float(found.nan_to_num_(layout.most).sum())  # the stage names what is not finite
         read += tokens
         if time.monotonic() - started > SAMPLE_SECONDS:
             break

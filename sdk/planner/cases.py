@@ -24,35 +24,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgewright.planner.devices import Device
-    from edgewright.recipe import Recipe, StageConfig
+    from edgewright.recipe import AnyStageConfig, Recipe, StageConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageModels:
     """The models of a stage, on meta."""
 
-    student: PreTrainedModel
+    student: PreTrainedModel | None
+    """None where nothing is trained."""
     teachers: tuple[PreTrainedModel, ...] = ()
     """As their weights are held."""
     cached: Layout | None = None
     """Of the cache that it learns from."""
+    left_parameters: int | None = None
+    """Of the finished model, as it is stored; None where nothing is trained, or factors are stored."""
     notes: tuple[str, ...] = field(default=())
 
 
-def stage_models(recipe: Recipe, vocab_size: int) -> Iterator[tuple[StageConfig, StageModels]]:
+def stage_models(recipe: Recipe, vocab_size: int) -> Iterator[tuple[AnyStageConfig, StageModels]]:
     """Every stage with what it starts from and learns from, in order.
 
     Raises:
         EdgewrightError: what `preview` and `architecture` raise.
     """
     left: dict[str, PreTrainedModel] = {}
-    for stage in recipe.trainings:
+    for stage in recipe.stages:
         teachers = tuple(
             as_held(copy.deepcopy(left[config.stage]), config.weights)
             if config.type == "stage"
             else stored_teacher(config.model, config.weights)
             for config in stage.teachers
         )
+        if stage.type != "train":
+            notes = [note for model in teachers for note in _dense(model)]
+            yield stage, StageModels(student=None, teachers=teachers, notes=tuple(notes))
+            continue
         if stage.student.type == "checkpoint":
             student = stored(stage.student.model)
         else:
@@ -60,20 +67,24 @@ def stage_models(recipe: Recipe, vocab_size: int) -> Iterator[tuple[StageConfig,
         notes = [note for model in (student, *teachers) for note in _dense(model)]
         if isinstance(stage.student, DerivedStudentConfig):
             notes += stage.student.notes(recipe, stage, sum(parameter.numel() for parameter in student.parameters()))
+        before = copy.deepcopy(student)
+        left[stage.name] = after = preview(recipe, stage, student).left
+        plain = not any(config.keeps_factors for config in stage.methods)
         yield (
             stage,
             StageModels(
-                student=copy.deepcopy(student),
+                student=before,
                 teachers=teachers,
                 cached=cache_layout(recipe, stage, vocab_size),
+                left_parameters=sum(parameter.numel() for parameter in after.parameters()) if plain else None,
                 notes=tuple(notes),
             ),
         )
-        left[stage.name] = preview(recipe, stage, student).left
 
 
 def case(stage: StageConfig, models: StageModels, recipe: Recipe, device: Device) -> Case:
     """What a stage's step depends on, on a device."""
+    assert models.student is not None, "the stage trains"
     settings, length = stage.training, recipe.data.sequence_length
     per_step = settings.tokens_per_step(length)
     parameters = sum(parameter.numel() for parameter in models.student.parameters())
@@ -85,12 +96,12 @@ def case(stage: StageConfig, models: StageModels, recipe: Recipe, device: Device
         teachers=models.teachers,
         cached=models.cached,
         sequence_length=length,
-        decisions=decisions | _on(device, settings.precision),
+        decisions=decisions | decided_on(device, settings.precision),
         borders=recipe.data.restart_at_documents,
     )
 
 
-def _on(device: Device, precision: str) -> dict[str, Any]:
+def decided_on(device: Device, precision: str) -> dict[str, Any]:
     """What another device than this machine's decides otherwise: compute type, and no compilation on GPUs."""
     if device.kind == "cpu" or device.here:
         return {"device": device.kind}

@@ -12,7 +12,8 @@ from edgewright.data import HfData
 
 if TYPE_CHECKING:
     from edgewright.planner.cached import CachePlan
-    from edgewright.planner.simulate import Step
+    from edgewright.planner.stage_plan import StagePlan
+    from edgewright.planner.written import WrittenPlan
     from edgewright.recipe import ExportConfig, Recipe
 
 TOKENIZER_BYTES = 64
@@ -33,31 +34,41 @@ BITS = {
 """Bits of a weight with its share of the scales; other widths count as 32."""
 
 
-def disk(recipe: Recipe, steps: dict[str, Step], vocab_size: int, caches: Sequence[CachePlan] = ()) -> dict[str, int]:
+def disk(
+    recipe: Recipe,
+    stages: dict[str, StagePlan],
+    vocab_size: int,
+    caches: Sequence[CachePlan] = (),
+    written: Sequence[WrittenPlan] = (),
+) -> dict[str, int]:
     """Bytes by kind, and their `total`: what the run leaves, and `spare`, which it needs meanwhile.
 
     Args:
-        steps: of every stage, by name.
+        stages: every training, by name.
+        caches, written: of the stages that make them.
     """
     files = TOKENIZER_BYTES * vocab_size
     found = {
         "data": _shards(recipe, vocab_size),
-        **_checkpoints(recipe, steps, files + STATE_BYTES),
-        "models": sum(4 * step.parameters + files for step in steps.values()),
+        **_checkpoints(recipe, stages, files + STATE_BYTES),
+        "models": sum(stage.model_bytes + files for stage in stages.values()),
         "caches": sum(cache.bytes for cache in caches),
-        "exports": sum(_export(export, steps, vocab_size) for export in recipe.exports),
+        "generated": sum(each.bytes for each in written),
+        "exports": sum(_export(export, stages) for export in recipe.exports),
     }
     return {**found, "total": sum(found.values())}
 
 
 def disk_used(directory: Path) -> dict[str, int]:
-    """The same of a run that is done, measured; without caches, which the run's own plan leaves out."""
+    """The same of a run that is done, measured."""
     checkpoints = {path: _size(path) for path in directory.glob("stages/*/checkpoints/step-*")}
     found = {
         "data": _size(directory / "data"),
         "checkpoints": sum(checkpoints.values()),
         "spare": max(checkpoints.values(), default=0),
         "models": sum(_size(path) for path in directory.glob("stages/*/model")),
+        "caches": sum(_size(path) for path in directory.glob("stages/*/cache")),
+        "generated": sum(_size(path) for path in directory.glob("stages/*/corpus")),
         "exports": _size(directory / "exports"),
     }
     return {**found, "total": sum(found.values())}
@@ -67,13 +78,13 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _checkpoints(recipe: Recipe, steps: dict[str, Step], files: int) -> dict[str, int]:
+def _checkpoints(recipe: Recipe, stages: dict[str, StagePlan], files: int) -> dict[str, int]:
     """Of all stages, which keep theirs, and of the largest one more while it is written.
 
     Args:
         files: bytes of a model's directory beside its weights.
     """
-    each = {name: 4 * step.parameters + step.optimizer_bytes + files for name, step in steps.items()}
+    each = {name: stage.checkpoint_bytes + files for name, stage in stages.items()}
     kept = sum(stage.training.keep_checkpoints * each[stage.name] for stage in recipe.trainings)
     return {"checkpoints": kept, "spare": max(each.values(), default=0)}
 
@@ -90,9 +101,10 @@ def bytes_per_token(vocab_size: int) -> float:
     return min(4.5, max(1.0, 0.48 * math.log2(vocab_size) - 2.45))
 
 
-def _export(export: ExportConfig, steps: dict[str, Step], vocab_size: int) -> int:
+def _export(export: ExportConfig, stages: dict[str, StagePlan]) -> int:
     """By the width of its matrices alone: embeddings are often wider, and small beside them."""
     from edgewright.exactness import count_parameters
 
-    parameters = steps[export.model].parameters if export.model in steps else count_parameters(Path(export.model))
+    trained = stages.get(export.model)
+    parameters = count_parameters(Path(export.model)) if trained is None else trained.model_bytes / 4
     return int(parameters * BITS.get(export.quant, 32.0) / 8)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from edgewright.compress.cache_config import CacheStageConfig
+    from edgewright.compress.generate_config import GenerateStageConfig
     from edgewright.data import Batches
     from edgewright.recipe import Recipe, StageConfig
 
@@ -86,6 +88,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     from edgewright.world import ALONE
 
     models = next(found for config, found in stage_models(recipe, vocab_size) if config.name == stage.name)
+    assert models.student is not None, "the stage trains"
     decisions = case(stage, models, recipe, find_device(None)).decisions
     measured = PeakMemory.begin(decisions["device"], compiled=decisions["compile"])
     torch.manual_seed(recipe.seed)
@@ -112,7 +115,7 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
         optimizer=stage.optimizer.build(model),
         learning_rate=stage.optimizer.learning_rate,
         schedule=stage.schedule,
-        batches=_random_batches(recipe, vocab_size, settings.global_batch),
+        batches=random_batches(recipe, vocab_size, settings.global_batch),
         held_out=None,
         bytes_per_token=1.0,
         total_steps=10**6,
@@ -136,6 +139,29 @@ def _measure(recipe: Recipe, stage: StageConfig, vocab_size: int, folder: Path) 
     )
 
 
+def _measure_making(recipe: Recipe, stage: CacheStageConfig | GenerateStageConfig, vocab_size: int) -> Probe:
+    """In the process of the probe: seconds of a batch of a stage that trains nothing."""
+    from edgewright.planner.devices import find_device
+    from edgewright.planner.making import decisions_of
+    from edgewright.planner.peak import PeakMemory
+    from edgewright.planner.rehearsal import rehearsal_of
+
+    decisions = decisions_of(stage, find_device(None))
+    measured = PeakMemory.begin(decisions["device"])
+    started = time.perf_counter()
+    batch = rehearsal_of(recipe, stage, vocab_size, decisions)
+    batch()
+    once = time.perf_counter() - started
+    seconds: list[float] = []
+    while len(seconds) < MEASURED or (sum(seconds) < ENOUGH and len(seconds) < MOST):
+        seconds.append(batch())
+        if time.perf_counter() - started > LONG_ENOUGH:
+            break
+    typical = statistics.fmean(seconds)
+    memory = None if measured is None else measured.bytes()
+    return Probe(seconds=typical, once=max(0.0, once - typical), memory=memory)
+
+
 def _random(model: PreTrainedModel) -> PreTrainedModel:
     """The architecture with small random weights."""
     import torch
@@ -149,7 +175,7 @@ def _random(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def _random_batches(recipe: Recipe, vocab_size: int, global_batch: int) -> Batches:
+def random_batches(recipe: Recipe, vocab_size: int, global_batch: int) -> Batches:
     """Enough sequences for a step, with borders of documents; token 0 starts them."""
     import numpy as np
 
@@ -181,10 +207,12 @@ def main() -> None:
 
     request = json.loads(sys.argv[1])
     recipe = load_recipe(request["recipe"], request["overrides"])
-    stage = recipe.stage(request["stage"])
-    assert stage is not None, "the stage is one of the recipe's"
-    with tempfile.TemporaryDirectory() as folder:
-        found = _measure(recipe, stage, request["vocab_size"], Path(folder))
+    stage = next(stage for stage in recipe.stages if stage.name == request["stage"])
+    if stage.type == "train":
+        with tempfile.TemporaryDirectory() as folder:
+            found = _measure(recipe, stage, request["vocab_size"], Path(folder))
+    else:
+        found = _measure_making(recipe, stage, request["vocab_size"])
     print(json.dumps(asdict(found)))
 
 

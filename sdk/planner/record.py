@@ -17,16 +17,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edgewright.errors import BadInput, EdgewrightError
 from edgewright.files import write_json
 from edgewright.planner.devices import CUDA_CONTEXT
+from edgewright.stage_cost import COST
 
 if TYPE_CHECKING:
+    from edgewright.planner.making import MakingPlan
     from edgewright.planner.probe import Probe
     from edgewright.planner.stage_plan import StagePlan
     from edgewright.planner.timing import Time
-    from edgewright.recipe import Recipe, StageConfig
+    from edgewright.recipe import AnyStageConfig, Recipe
 
 PLAN = "plan.json"
 PROBE_SHARE = 0.02
-"""Most of a stage's time that a run spends on a probe of it."""
+"""Most of a stage's time that a run spends on a probe of it, and of its text that a teacher reads before."""
 START_UP = 20.0
 """Seconds that a probe takes besides its steps, about."""
 WITHOUT_RATES = 1000
@@ -59,6 +61,7 @@ class PlannedStage(_Part):
     """What was predicted of a stage."""
 
     name: str
+    type: str = "train"
     memory: dict[str, int]
     memory_range: tuple[int, int]
     seconds: float | None
@@ -85,11 +88,12 @@ class PlannedRun(_Part):
 
 
 class _Done(_Part):
-    """What is read of a stage's `done.json`."""
+    """What is read of a stage's `done.json`, or of the `cost.json` of one that trains nothing."""
 
     seconds: float
     decisions: dict[str, Any]
     peak_memory: int | None = None
+    done: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +143,8 @@ def keep_plan(recipe: Recipe, directory: Path, vocab_size: int, say: Callable[[s
     Args:
         directory: of the run, with its `recipe.resolved.yaml`.
     """
-    begun = {stage.name for stage in recipe.trainings if _has_begun(directory / "stages" / stage.name)}
-    if len(begun) == len(recipe.trainings):
+    begun = {stage.name for stage in recipe.stages if _has_begun(directory / "stages" / stage.name)}
+    if len(begun) == len(recipe.stages):
         return
     kept = _read_object(directory / PLAN)
     try:
@@ -153,7 +157,7 @@ def keep_plan(recipe: Recipe, directory: Path, vocab_size: int, say: Callable[[s
         made = {"schema_version": 1, "stages": [], "problem": problem}
     earlier = {stage["name"]: stage for stage in kept.get("stages", [])}
     fresh = {stage["name"]: stage for stage in made["stages"] if stage["name"] not in begun}
-    stages = [known for s in recipe.trainings if (known := (earlier if s.name in begun else fresh).get(s.name))]
+    stages = [known for s in recipe.stages if (known := (earlier if s.name in begun else fresh).get(s.name))]
     write_json(directory / PLAN, {**made, "stages": stages})
     for stage in (stage for stage in stages if stage["name"] in fresh):
         say(f"{stage['name']}: planned {_told(PlannedStage.model_validate(stage))}")
@@ -182,8 +186,7 @@ def read_plan(directory: Path) -> PlannedRun | None:
 def _compared(planned: PlannedRun, directory: Path) -> Iterator[Compared]:
     unseen = CUDA_CONTEXT if planned.device is not None and planned.device.kind == "cuda" else 0
     for stage in planned.stages:
-        path = directory / "stages" / stage.name / "done.json"
-        done = _validated(_Done, path) if path.is_file() else None
+        done = _finished(directory / "stages" / stage.name, stage.type)
         changed = {} if done is None else _changed(stage.decisions, done.decisions)
         yield Compared(
             what="memory",
@@ -222,8 +225,15 @@ def _changed(planned: dict[str, Any], taken: dict[str, Any]) -> dict[str, tuple[
     return {name: (before, now) for name, (before, now) in both.items() if before != now}
 
 
+def _finished(stage: Path, kind: str) -> _Done | None:
+    """What a finished stage took; None where it is not finished, or was not measured."""
+    path = stage / ("done.json" if kind == "train" else COST)
+    found = _validated(_Done, path) if path.is_file() else None
+    return found if found is not None and found.done else None
+
+
 def _has_begun(stage: Path) -> bool:
-    return (stage / "done.json").exists() or any(stage.glob("checkpoints/step-*"))
+    return (stage / "done.json").exists() or (stage / COST).exists() or any(stage.glob("checkpoints/step-*"))
 
 
 def _predict(recipe: Recipe, directory: Path, vocab_size: int, begun: set[str]) -> dict[str, Any]:
@@ -233,11 +243,13 @@ def _predict(recipe: Recipe, directory: Path, vocab_size: int, begun: set[str]) 
 
     resolved = directory / "recipe.resolved.yaml"
 
-    def probed(stage: StageConfig, planned: StagePlan) -> Probe | None:
-        wanted = stage.name not in begun and worth_probing(planned.time, planned.steps, planned.case.decisions)
+    def probed(stage: AnyStageConfig, planned: StagePlan | MakingPlan) -> Probe | None:
+        wanted = stage.name not in begun and worth_probing(planned.time, planned.steps, planned.decisions)
         return probe(resolved, [f"output_dir={directory}"], stage.name, vocab_size) if wanted else None
 
-    found = predicted(resolved, recipe, find_device(None), vocab_size, probed, advice=False).to_json()
+    found = predicted(
+        resolved, recipe, find_device(None), vocab_size, probed, advice=False, share=PROBE_SHARE
+    ).to_json()
     return {name: value for name, value in found.items() if name not in ("recipe", "advice", "past_error")}
 
 

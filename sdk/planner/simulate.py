@@ -80,6 +80,8 @@ class Step:
     """Of the student, buffers included."""
     optimizer_bytes: int
     """Of the optimizer's state, between two steps."""
+    buffer_bytes: int = 0
+    """Of buffers that are saved with the weights, such as codes and scales of a frozen base in 4 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +136,9 @@ def simulate(case: Case) -> Step:
         RuntimeError: the architecture or a method does what cannot be done without data.
     """
     ledger = Ledger()
-    with _without_warnings(), _young_garbage(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with without_warnings(), young_garbage(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         with ledger.part("weights"):
-            student = _weightless(case.student)
+            student = weightless(case.student)
             check_weights(student, case.decisions["weights"], methods=[config.type for config in case.stage.methods])
             hold_weights_as(student, case.decisions["weights"])
             methods: list[Method] = [config.build() for config in case.stage.methods]
@@ -146,7 +148,7 @@ def simulate(case: Case) -> Step:
                 method.prepare(student)
             ledger.assign_all(student, "weights")
         with ledger.part("teacher"):
-            teachers = [_weightless(teacher).eval().requires_grad_(False) for teacher in case.teachers]
+            teachers = [weightless(teacher).eval().requires_grad_(False) for teacher in case.teachers]
         objective = _objective(case, teachers, ledger)
         with ledger.part("weights"):
             objective.attach(student)
@@ -164,7 +166,13 @@ def simulate(case: Case) -> Step:
         operations=(ledger.operations - before) * -(-run.pieces // run.simulated),
         weight_bytes=ledger.now["weights"],
         optimizer_bytes=ledger.now["optimizer"],
+        buffer_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _saved_buffers(student)),
     )
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[Tensor]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    yield from (tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters)
 
 
 class _Run:
@@ -216,7 +224,7 @@ class _Run:
         pieces, micro = self.pieces, self.simulated
         for _ in range(micro):
             with ledger.part("other"):
-                inputs = _inputs(self.case)
+                inputs = made_inputs(self.case.decisions["micro_batch"], self.case.sequence_length, self.case.borders)
             with ledger.part("activations"), counter:
                 loss, parts = self.module(inputs, 1.0)
                 for method in self.methods:
@@ -247,7 +255,7 @@ def _collect(_: Tensor) -> None:
 
 
 @contextmanager
-def _young_garbage() -> Iterator[None]:
+def young_garbage() -> Iterator[None]:
     """Inside the block a search for garbage looks at what is made there alone, and so is quick.
 
     A block that is computed again is stopped by an exception, whose traceback keeps its tensors in cycles. A training
@@ -262,14 +270,14 @@ def _young_garbage() -> Iterator[None]:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Layers that watch their weights' addresses are told that there are none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         yield
 
 
-def _weightless(model: PreTrainedModel) -> PreTrainedModel:
+def weightless(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose tensors have shapes alone, on the simulated device."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -300,11 +308,10 @@ def _source(case: Case, teachers: list[PreTrainedModel]) -> TargetSource:
     return online[0] if len(online) == 1 else Ensemble(online)
 
 
-def _inputs(case: Case) -> ModelInputs:
-    """A micro-batch, as `trainer.model_inputs` makes it."""
-    rows, length = case.decisions["micro_batch"], case.sequence_length
+def made_inputs(rows: int, length: int, borders: bool) -> ModelInputs:
+    """A micro-batch, as `trainer.model_inputs` makes it; borders: whether documents meet inside sequences."""
     ids, labels = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
-    if not case.borders:
+    if not borders:
         return ModelInputs(input_ids=ids, labels=labels, position_ids=None, attention_mask=None)
     documents = torch.zeros(rows, length, dtype=torch.int32)
     causal = torch.ones(length, length, dtype=torch.bool).tril_()

@@ -32,6 +32,8 @@ class StagePlan:
     limit: int | None
     """Bytes that there are, of the device and of `budget.memory`; None where the system does not tell."""
     notes: tuple[str, ...]
+    left_parameters: int | None = None
+    """Of the finished model; None where that stores what is trained."""
     probed_memory: int | None = None
     """Bytes at the peak of the probe's steps, above its baseline; None without one."""
 
@@ -50,6 +52,26 @@ class StagePlan:
         """Optimizer steps."""
         return self.case.stage.budget.steps(self.case.stage.training.tokens_per_step(self.case.sequence_length))
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of weights and optimizer state in a checkpoint."""
+        return 4 * self.step.parameters + self.step.buffer_bytes + self.step.optimizer_bytes
+
+    @property
+    def model_bytes(self) -> int:
+        """Of the weights of the finished model, in float32: adapters are merged into them, out of 4 bits or not."""
+        return 4 * (self.step.parameters if self.left_parameters is None else self.left_parameters)
+
+    @property
+    def flops(self) -> float:
+        """Of the whole stage."""
+        return self.step.flops * self.steps
+
+    @property
+    def decisions(self) -> dict[str, Any]:
+        """That the run will take."""
+        return self.case.decisions
+
     def with_probe(self, probe: Probe) -> StagePlan:
         """The same, with what a few real steps took."""
         if probe.problem is not None:
@@ -60,13 +82,14 @@ class StagePlan:
     def to_json(self) -> dict[str, object]:
         return {
             "name": self.name,
+            "type": "train",
             "parameters": self.step.parameters,
             "steps": self.steps,
             "memory": self.memory.to_json(),
             "memory_range": list(self.memory_range),
             "memory_limit": self.limit,
             "optimizer_state": self.step.optimizer_bytes,
-            "flops": self.step.flops * self.steps,
+            "flops": self.flops,
             **self.time.to_json(),
             "decisions": self.case.decisions,
             "probed_memory": self.probed_memory,
@@ -96,6 +119,7 @@ def plan_stage(recipe: Recipe, stage: StageConfig, models: StageModels, device: 
         step=step,
         time=from_table(here, step, device),
         limit=limit,
+        left_parameters=models.left_parameters,
         notes=(*models.notes, *notes),
     )
 

@@ -64,6 +64,23 @@ def stored_teacher(directory: Path, weights: TeacherWeights) -> PreTrainedModel:
     return as_held(stored(directory), weights)
 
 
+def parameter_count(model: PreTrainedModel) -> int:
+    """Of a model as it is held: layers in few bits count by their weights."""
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    inside = {id(tensor) for module in packed for tensor in (module.codes, module.scales)}
+    plain = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return plain + sum(module.shape.numel() for module in packed)
+
+
+def loading_bytes(model: PreTrainedModel) -> int:
+    """Host memory that opening a teacher takes: layers in few bits are wide until their turn comes."""
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    wide = sum(2 * module.shape.numel() for module in packed)
+    inside = {id(tensor) for module in packed for tensor in (module.codes, module.scales)}
+    tensors = [*model.parameters(), *model.buffers()]
+    return wide + sum(t.numel() * t.element_size() for t in tensors if id(t) not in inside)
+
+
 class CachedShapes(TargetSource):
     """Stands for a cache: the shapes of its targets at their widest."""
 

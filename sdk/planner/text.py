@@ -47,6 +47,9 @@ def as_text(result: dict[str, Any]) -> str:
         per_token = f"{cache['bytes_per_token']:.1f} bytes for each of {cache['tokens']:,} tokens"
         lines.append(f"cache  {cache['name']}: {say.size(cache['bytes'])}, {per_token}")
         lines += [f"note: {cache['name']}: {note}" for note in cache["notes"]]
+    for each in result["written"]:
+        texts = f"{each['texts']:,} texts, {each['tokens']:,} tokens"
+        lines.append(f"text   {each['name']}: {say.size(each['bytes'])}, {texts} at most")
     lines.append(f"time   {duration(result['seconds'], result['seconds_range'])}, {result['flops']:.3g} operations")
     lines.append(f"past error  {past_error(result['past_error'])}")
     lines += [f"note: the records of {path} cannot be read" for path in result["past_error"]["unreadable"]]
@@ -59,8 +62,6 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _verdict(result: dict[str, Any]) -> str:
-    if result["stage"] is None:
-        return "this fits: nothing is trained" if result["fits"] else "this DOES NOT FIT: the disk is too small"
     if result["fits"]:
         largest = next(stage for stage in result["stages"] if stage["name"] == result["stage"])
         narrow = largest["memory_limit"] is not None and largest["memory_range"][1] > largest["memory_limit"]
@@ -81,8 +82,6 @@ def _advice(advice: dict[str, Any]) -> str:
 
 
 def _ranges(result: dict[str, Any]) -> Iterator[str]:
-    if result["stage"] is None:
-        return
     total, (low, high) = say.size(result["memory"]["total"]), (say.size(size) for size in result["memory_range"])
     yield f"memory {total} ({low} to {high}) in stage {result['stage']}, which needs most"
 

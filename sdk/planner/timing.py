@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgewright.planner.devices import CPU_SPREAD, UTILISATION, Device
 from edgewright.training import COMPILE_COST_SECONDS, COMPILE_GAIN, CPU_FLOPS_PER_CORE
@@ -42,7 +42,7 @@ class Time:
 def from_table(case: Case, step: Step, device: Device) -> Time:
     """By the operations of the step, and on a GPU also the memory that weights, gradients and state move."""
     tokens = case.stage.training.tokens_per_step(case.sequence_length)
-    rates = _rates(case, device)
+    rates = rates_of(case.decisions, device)
     if rates is None:
         return Time(seconds=None, low=None, high=None, tokens_per_s=None, source="unknown")
     moved = 0.0
@@ -63,11 +63,11 @@ def from_probe(case: Case, seconds_per_step: float, compiling: float) -> Time:
     return _spread(case, tokens, seconds_per_step, low, high, "probe", compiling)
 
 
-def _rates(case: Case, device: Device) -> tuple[float, float] | None:
+def rates_of(decisions: dict[str, Any], device: Device) -> tuple[float, float] | None:
     """The slowest and the fastest that is to be expected, operations a second."""
-    precision = case.decisions["precision"]
+    precision = decisions["precision"]
     if device.kind == "cpu":
-        rate = CPU_FLOPS_PER_CORE[precision] * case.decisions["threads"]
+        rate = CPU_FLOPS_PER_CORE[precision] * decisions["threads"]
         return rate * CPU_SPREAD[0], rate * CPU_SPREAD[1]
     peak = {"bfloat16": device.bf16, "float32": device.fp32}[precision]
     return None if peak is None else (peak * UTILISATION[0], peak * UTILISATION[1])

@@ -72,6 +72,21 @@ def test_a_run_is_held_against_its_plan(tmp_path: Path, monkeypatch: pytest.Monk
     assert "memory" not in errors, "so small a process says nothing of a plan"
 
 
+@pytest.mark.parametrize("method", ["{type: lora, rank: 4, quantize_base: nf4}", "{type: lowrank, rank: 8}"])
+def test_disk_of_what_is_written_otherwise_than_it_is_trained(tmp_path: Path, method: str) -> None:
+    """Checkpoints hold adapters and a base in 4 bits, or factors; the finished model is whole and in float32."""
+    sizes = "hidden_size=256", "intermediate_size=512", "num_hidden_layers=2", "num_attention_heads=4"
+    small = "optimizer={type: adamw}", "budget.max_steps=2", "training.save_steps=1"
+    changes = [*(f"stages.base.student.{size}" for size in sizes), *(f"stages.base.{each}" for each in small)]
+    changes += [f"stages.base.methods=[{method}]", f"output_dir={tmp_path / 'run'}"]
+    directory = run(write_recipe(tmp_path), *PLAIN, *changes, say=silent).directory
+    used = json.loads((directory / "results.json").read_text())["disk_used"]
+    for part in ("checkpoints", "spare", "models"):
+        assert planned(directory)["disk_parts"][part] == pytest.approx(used[part], rel=0.06), part
+    (disk,) = [each for each in compare(directory) if each.what == "disk"]
+    assert disk.error is not None and abs(disk.error) < 0.06
+
+
 def test_a_stage_that_has_begun_keeps_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path, ternary=True)
