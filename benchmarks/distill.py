@@ -72,7 +72,9 @@ def main() -> None:
     arguments = parse()
     scale = SCALES[arguments.scale]
     places = Places(
-        data=data_section(arguments.data or scale.text), work=arguments.work / scale.name, results=arguments.results / scale.name
+        data=data_section(arguments.data or scale.text),
+        work=arguments.work / scale.name,
+        results=arguments.results / scale.name,
     )
     queue = chosen(jobs(scale, arguments.seeds), arguments.only)
     if arguments.worker:
@@ -94,7 +96,7 @@ def main() -> None:
     import distill_table
 
     met = distill_table.print_all(read_results(queue, places), places.results)
-    sys.exit(not (fine and met))
+    sys.exit(not (fine and (met or scale.name == "smoke")))  # whose bars say nothing
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def main() -> None:
     fine = arguments.table or work_off(queue, places, arguments)
     header()
     met = print_all(read_results(jobs(scale, seeds=arguments.seeds), places), scale, places.results)
-    sys.exit(not (fine and met))
+    sys.exit(not (fine and (met or scale.name == "smoke")))  # whose bars say nothing
 
 
 if __name__ == "__main__":

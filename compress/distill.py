@@ -110,6 +110,15 @@ class DistillConfig(BaseModel):
         """Whether the teacher may cut text into other tokens than the data: one model may, the mean of several not."""
         return len(self.teacher.models()) == 1 and any(isinstance(loss, UldConfig) for loss in self.weighted())
 
+    def notes(self) -> list[str]:
+        """What there is to say of it before training."""
+        if not all(isinstance(loss, UldConfig) for loss in self.weighted()):
+            return []
+        return [
+            "uld compares sorted probabilities, and no loss beside it says which tokens are meant: "
+            "add {function: cross_entropy, weight: rest}"
+        ]
+
     @property
     def offered(self) -> tuple[str, ...]:
         """What a teacher that runs beside the student gives, as `build` will find it."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -288,7 +290,7 @@ def find_size(sizes: Sequence[Size], name: str, where: str | Path) -> Size:
     by_name = {size.name: size for size in sizes}
     if name in by_name:
         return by_name[name]
-    near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.3) or list(by_name)[:3]
+    near = _nearest(by_name, name)
     shown = ", ".join(by_name) if len(by_name) <= 24 else f"{', '.join(near)} and {len(by_name) - len(near)} others"
     raise RecipeError(
         "EW-766",
@@ -298,6 +300,20 @@ def find_size(sizes: Sequence[Size], name: str, where: str | Path) -> Size:
         found=name,
         fix=f"--size {near[0]}; {SIZES_FILE} beside the model lists all of them",
     )
+
+
+def _nearest(by_name: Mapping[str, Size], name: str) -> list[str]:
+    """The three sizes that differ least from one that is asked for; by spelling where it is no size at all."""
+    asked = re.fullmatch(r"h(\d+)-f(\d+)-a(\d+)-l(\d+)", name)
+    if asked is None:
+        return difflib.get_close_matches(name, by_name, n=3, cutoff=0.3) or list(by_name)[:3]
+    wanted = [max(1, int(number)) for number in asked.groups()]
+
+    def apart(known: str) -> float:
+        numbers = by_name[known].shape.numbers()
+        return sum(abs(math.log(numbers[axis] / size)) for axis, size in zip(AXES, wanted, strict=True))
+
+    return sorted(by_name, key=apart)[:3]
 
 
 def sub_network(directory: Path | str, size: str) -> PreTrainedModel:

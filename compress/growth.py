@@ -144,6 +144,7 @@ class GrownStudentConfig(Sizes, DerivedStudentConfig):
         return RecipeError(
             "EW-763",
             "the source cannot be grown to these heads",
+            key="num_attention_heads",
             expected=f"at least {source.num_key_value_heads} key and value heads, a place for each of the "
             f"{source.num_attention_heads} heads on a copy of its own, and a multiple of {self.multiple_of} for heads "
             f"times {source.head_dim}; the nearest: " + "; ".join(f"{first} on {on}" for first, on in near),

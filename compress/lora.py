@@ -71,6 +71,17 @@ class Lora(Method):
             return "weights in 4 bits are stored in parts that no process group can exchange"
         return "norms of whole rows are taken in every forward" if self.config.dora else None
 
+    def got_nothing(self) -> RecipeError:
+        if not self.config.train_blocks:
+            return super().got_nothing()
+        return RecipeError(
+            "EW-704",
+            "no layer is left for an adapter: those of `layers` lie in blocks that are trained whole",
+            key="train_blocks",
+            found=f"train_blocks: {list(self.config.train_blocks)}",
+            fix="train fewer blocks whole; to train all of them, leave the method out",
+        )
+
     def chosen(self, model: PreTrainedModel) -> dict[str, nn.Linear]:
         from edgewright.compress.layers import choose
 
@@ -178,6 +189,7 @@ def _no_such_block(number: int, blocks: int) -> RecipeError:
     return RecipeError(
         "EW-734",
         "`train_blocks` names no block of this model",
+        key="train_blocks",
         expected=f"numbers from {-blocks} to {blocks - 1}: it has {blocks} blocks"
         if blocks
         else "a model that marks its blocks",

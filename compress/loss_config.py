@@ -252,9 +252,10 @@ class TinyBertConfig(HiddenLossConfig):
 class HadConfig(HiddenLossConfig):
     """Features of visible tokens aligned with the teacher's, hidden tokens reconstructed from them (HAD).
 
-    The student sees a text of which a share is hidden, the teacher all of it. After Hybrid Architecture Distillation,
-    of which only a description of the formula was at hand; there both models see in both directions. Here the student
-    is causal, and it is the decoder that looks both ways. All other losses of the list train on the same view.
+    The student sees a text of which a share is hidden, the teacher all of it. After Hybrid Architecture Distillation
+    (arXiv 2505.20836), of which only a description of the formula was at hand; there both models see in both
+    directions. Here the student is causal, and it is the decoder that looks both ways. All other losses of the list
+    train on the same view.
     """
 
     function: Literal["had"] = "had"

@@ -81,6 +81,7 @@ class PrunedSizes(Sizes):
         return RecipeError(
             "EW-762",
             "the source cannot be pruned to these heads",
+            key="num_attention_heads",
             expected=f"{source.num_key_value_heads} or fewer key and value heads, {source.group} or fewer heads on "
             f"each, and a multiple of {self.multiple_of} for heads times {source.head_dim}; the nearest: "
             + "; ".join(f"{heads} on {on}" for heads, on in near),
@@ -148,6 +149,7 @@ class PrunedStudentConfig(PrunedSizes, DerivedStudentConfig):
             yield RecipeError(
                 "EW-762",
                 "layers names blocks that cannot be kept",
+                key="layers",
                 expected=f"numbers from 0 to {there - 1}, each once, in their order",
                 found=f"{', '.join(map(str, wrong))}, which are not there" if wrong else list(self.layers),
                 fix=f"layers: [{', '.join(map(str, legal))}]",

@@ -43,6 +43,7 @@ class RankChoice(LayerChoice):
             raise RecipeError(
                 "EW-720",
                 f"the rank is above that of the matrix: {layer}",
+                key="rank",
                 expected=f"at most {most} for [{rows}, {columns}]",
                 found=self.rank,
                 fix=f"rank: {most}, a rank_fraction, or leave the layer to others with exclude",

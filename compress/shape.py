@@ -118,6 +118,7 @@ def refused(code: str, setting: str, found: int, why: str, legal: Iterable[int])
     return RecipeError(
         code,
         f"{setting} cannot be {found}: {why}",
+        key=setting,
         expected=f"the nearest that can be: {words(near)}",
         found=found,
         fix=f"{setting}: {near[0]}" if near else f"leave {setting} out",

@@ -74,7 +74,8 @@ def _checkpoint(model: dict[str, Any]) -> str:
 def _report(result: dict[str, Any]) -> str:
     from edgewright.report import format_table
 
-    return "\n\n".join([format_table(result), *(f"warning: {text}" for text in result["warnings"]), result["path"]])
+    made = format_table(result) if result["artifacts"] else "nothing was exported"
+    return "\n\n".join([made, *(f"warning: {text}" for text in result["warnings"]), result["path"]])
 
 
 def _evaluate(result: dict[str, Any]) -> str:

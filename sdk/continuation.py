@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 
 def start_notes(recipe: Recipe, stage: StageConfig) -> list[str]:
-    """A line for each thing that a stage starts with and does not use, or uses and does not have, and for an alignment
-    its loss."""
+    """A line for each thing that a stage starts with and does not use, or uses and does not have, and what there is to
+    say of its losses."""
     return [*_lesson_notes(stage), *_start_notes(recipe, stage)]
 
 
 def _lesson_notes(stage: StageConfig) -> Iterator[str]:
-    """Which loss an alignment chose, and why."""
+    """Which loss an alignment chose, and why; what a list of losses lacks."""
     if stage.objective.type == "align":
         yield stage.objective.note()
+    elif stage.objective.type == "distill":
+        yield from stage.objective.notes()
 
 
 def _start_notes(recipe: Recipe, stage: StageConfig) -> list[str]:

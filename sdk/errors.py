@@ -6,6 +6,8 @@ prints the long form kept in `templates/errors.md`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,6 +18,7 @@ class EdgewrightError(Exception):
         code: stable identifier, `EW-nnn`, described in the catalogue.
         what: one sentence that says what is wrong.
         where: file, `file:line:column` or recipe key.
+        key: the key below a section of the recipe, of a component that does not know its place; see `in_section`.
         expected: what would have been right.
         found: what was there.
         fix: what to do about it: a command or an edit.
@@ -29,10 +32,12 @@ class EdgewrightError(Exception):
         what: str,
         *,
         where: str | Path | None = None,
+        key: str | None = None,
         expected: object | None = None,
         found: object | None = None,
         fix: str | None = None,
     ) -> None:
+        self.key = key
         self.code = code
         self.what = what
         self.where = str(where) if where is not None else None
@@ -49,6 +54,12 @@ class EdgewrightError(Exception):
             if value is not None:
                 lines.append(f"  {label}: {value}")
         return "\n".join(lines)
+
+    def place(self, section: str) -> None:
+        """Say which section of the recipe it is about, where that is not known yet."""
+        if self.where is None:
+            self.where = section if self.key is None else f"{section}.{self.key}"
+            self.args = (self.message(),)
 
     def to_json(self) -> dict[str, object]:
         """The same as an object for `--json`."""
@@ -121,5 +132,21 @@ class RecipeErrors(RecipeError):
     def message(self) -> str:
         return self.what
 
+    def place(self, section: str) -> None:
+        for error in self.errors:
+            error.place(section)
+        self.what = "\n".join(error.message() for error in self.errors)
+        self.args = (self.what,)
+
     def to_json(self) -> dict[str, object]:
         return {"code": self.code, "exit_code": self.exit_code, "errors": [error.to_json() for error in self.errors]}
+
+
+@contextmanager
+def in_section(section: str) -> Iterator[None]:
+    """Errors that leave the block and do not say where they are, are in this section of the recipe."""
+    try:
+        yield
+    except EdgewrightError as error:
+        error.place(section)
+        raise

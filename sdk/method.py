@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgewright.errors import RecipeError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -141,6 +143,14 @@ class Method(ABC):
         Raises:
             RecipeError: with the nearest legal value.
         """
+
+    def got_nothing(self) -> RecipeError:
+        """EW-704, for a model of which it gets no layer."""
+        return RecipeError(
+            "EW-704",
+            f"the method {self.type!r} changed no layer of this model",
+            fix="remove it from the recipe, or exclude fewer layers",
+        )
 
     def kept_whole(self) -> str | None:
         """Why its weights cannot be cut up among processes (`training.sharding: full`); None where they can.

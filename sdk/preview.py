@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from edgewright.compress.layers import CompressedLinear, skipped
 from edgewright.derived import DerivedStudentConfig, source_of
-from edgewright.errors import RecipeError
+from edgewright.errors import RecipeError, in_section
 from edgewright.memory_rules import check_release
 from edgewright.method import Method
 from edgewright.student import (
@@ -196,7 +196,8 @@ def architecture(
     elif isinstance(source, CheckpointStudentConfig):
         model = stored_architecture(source.model)
     if isinstance(student, DerivedStudentConfig):
-        return tied(student.check(model))
+        with in_section(f"stages.{stage.name}.student"):
+            return tied(student.check(model))
     if source is not None:
         return model
     assert isinstance(student, PresetStudentConfig), "nothing else starts from scratch"
@@ -242,14 +243,9 @@ def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Previ
     steps = stage.budget.steps(stage.training.tokens_per_step(recipe.data.sequence_length))
     check_weights(model, stage.training.weights, methods=[config.type for config in stage.methods])
     taken: list[tuple[MethodConfig, dict[str, nn.Linear]]] = []
-    for config in stage.methods:
-        method = config.build()
-        if stage.training.gradient_release:
-            check_release([method])
-        method.check_run(steps)
-        layers = method.chosen(model)
-        if not layers:
-            raise changed_nothing(config.type)
+    for number, config in enumerate(stage.methods):
+        with in_section(f"stages.{stage.name}.methods.{number}"):
+            layers = _given(config.build(), model, steps, release=bool(stage.training.gradient_release))
         for name, linear in layers.items():
             model.set_submodule(name, Reserved(linear, config.type))
         taken.append((config, layers))
@@ -265,6 +261,17 @@ def preview(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> Previ
     for config, _ in taken:
         model = config.leaves(model)
     return Preview(shares=tuple((config, _shapes(layers)) for config, layers in taken), alone=alone, left=model)
+
+
+def _given(method: Method, model: PreTrainedModel, steps: int, *, release: bool) -> dict[str, nn.Linear]:
+    """The layers that a method gets; errors as `preview`."""
+    if release:
+        check_release([method])
+    method.check_run(steps)
+    layers = method.chosen(model)
+    if not layers:
+        raise method.got_nothing()
+    return layers
 
 
 def check_sizes(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> None:
@@ -289,15 +296,6 @@ def check_sizes(recipe: Recipe, stage: StageConfig, model: PreTrainedModel) -> N
                 fix="remove size",
             )
         find_size(elastic.sizes(model.config), export.size, f"exports.{export.name}.size")
-
-
-def changed_nothing(method: str) -> RecipeError:
-    """EW-704, for a method that gets no layer."""
-    return RecipeError(
-        "EW-704",
-        f"the method {method!r} changed no layer of this model",
-        fix="remove it from the recipe, or exclude fewer layers",
-    )
 
 
 def _shapes(layers: Mapping[str, nn.Linear]) -> Shapes:

@@ -153,7 +153,7 @@ def _page(run: RunRecord) -> dict[str, Any]:
 def _sections(page: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Anchors and titles of the sections that have something in them."""
     sections = (
-        ("files", "Files", page["rows"]),
+        ("files", "Files", page["rows"] or page["checkpoints"]),
         ("trade-off", "Size, quality, speed", page["has_pareto"]),
         ("devices", "Other devices", page["devices"]),
         ("training", "Training", page["stages"]),

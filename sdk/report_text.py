@@ -84,9 +84,11 @@ def rate(value: float | None, sd: float | None = None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Time that passed: 41 s, 3 min 20 s, 2 h 05 min."""
+    """Time that passed: 0.382 s, 4.12 s, 41 s, 3 min 20 s, 2 h 05 min."""
     if seconds is None:
         return MISSING
+    if seconds < 9.995:
+        return f"{significant(seconds)} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

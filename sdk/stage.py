@@ -402,7 +402,6 @@ def _objective(
 
 def _prepare(methods: list[Method], model: PreTrainedModel, origin: Origin | None, say: Callable[[str], None]) -> None:
     """Let every method change the model and go on from what it trained before; one that changes nothing is an error."""
-    from edgewright.preview import changed_nothing
     from edgewright.report_text import figures
 
     trained = checkpoint.read_weights(origin.directory) if origin and methods else None
@@ -412,7 +411,7 @@ def _prepare(methods: list[Method], model: PreTrainedModel, origin: Origin | Non
             method.go_on(origin.methods, trained)
         report = method.describe(model)
         if report.changed == 0:
-            raise changed_nothing(method.type)
+            raise method.got_nothing()
         alone = ", ".join(report.skipped) or "none"
         say(f"{key}: {report.changed} layers ({figures(report.numbers)}); left alone: {alone}")
 

@@ -277,6 +277,16 @@ def test_a_recipe_and_the_command_line_export_a_size(trained: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "near"),
+    [("h32-f64-a4-l9", "h32-f64-a4-l3"), ("h65-f32-a4-l2", "h64-f32-a4-l2"), ("h64-f33-a3-l2", "h64-f32-a4-l2")],
+)
+def test_the_nearest_sub_network_is_nearest_in_size(trained: Path, asked: str, near: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        find_size(sizes_of(trained / "stages/base/model"), asked, trained)
+    assert caught.value.fix.startswith(f"--size {near};"), caught.value.fix
+
+
 def test_a_model_without_sizes_or_with_damaged_ones(trained: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -55,6 +55,36 @@ def test_a_late_stages_method_is_looked_at_before_the_first_stage(tmp_path: Path
     assert refused(tmp_path, *overrides(tmp_path, LATE[code])).code == code
 
 
+SHAPES = {
+    "EW-762": {"type": "pruned", "source": {"type": "stage", "stage": "base"}, "hidden_size": 65},
+    "EW-763": {"type": "grown", "source": {"type": "stage", "stage": "base"}, "hidden_size": 65},
+}
+
+
+def test_what_refuses_a_part_of_a_stage_says_which(tmp_path: Path) -> None:
+    """The key that stands in the recipe, also where the component does not know its place there."""
+    ternary = {"type": "ternary", "layers": ["q_proj"]}
+    rank = refused(tmp_path, *overrides(tmp_path, ternary, {**LATE["EW-720"], "exclude": ["q_proj"]}))
+    assert rank.where == "stages.student.methods.1.rank"
+    block = refused(tmp_path, *overrides(tmp_path, {"type": "lora", "rank": 4, "train_blocks": [7]}))
+    assert (block.code, block.where) == ("EW-734", "stages.student.methods.0.train_blocks")
+    sizes = refused(tmp_path, *overrides(tmp_path, {"type": "elastic", "hidden_size": [33]}))
+    assert (sizes.code, sizes.where) == ("EW-765", "stages.student.methods.0.hidden_size")
+
+
+@pytest.mark.parametrize("code", SHAPES)
+def test_sizes_that_cannot_be_name_their_key(tmp_path: Path, code: str) -> None:
+    shape = refused(tmp_path, *overrides(tmp_path), f"stages.student.student={json.dumps(SHAPES[code])}")
+    assert (shape.code, shape.where) == (code, "stages.student.student.hidden_size")
+    assert shape.message().startswith("stages.student.student.hidden_size: hidden_size cannot be 65")
+
+
+def test_adapters_without_a_layer_left_say_why(tmp_path: Path) -> None:
+    error = refused(tmp_path, *overrides(tmp_path, {"type": "lora", "rank": 4, "train_blocks": [0]}))
+    assert (error.code, error.where) == ("EW-704", "stages.student.methods.0.train_blocks")
+    assert "trained whole" in error.what and "fewer blocks" in str(error.fix)
+
+
 def test_a_row_that_2_of_4_does_not_fit(tmp_path: Path) -> None:
     odd = "stages.base.student.intermediate_size=62"
     error = refused(tmp_path, odd, *overrides(tmp_path, {"type": "sparse", "mask": {"type": "2:4"}}))
