@@ -37,7 +37,8 @@ class StageCost:
 
     def keep(self, *, done: bool = False) -> None:
         """Write down what it has taken so far."""
-        measured = [size for size in (self._memory, self._peak and self._peak.bytes()) if size is not None]
+        now = None if self._peak is None else self._peak.bytes()
+        measured = [size for size in (self._memory, now) if size is not None]
         write_json(
             self._path,
             {

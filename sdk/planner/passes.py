@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgewright.chunked import chunk_rows
 from edgewright.compress.cache_config import CacheStageConfig, TopKConfig
 from edgewright.compress.continuation import Reader, choose, sum_of
-from edgewright.compress.targets import Logits, Sampled, TargetSource, TopK
+from edgewright.compress.targets import Logits, Sampled, TopK
 from edgewright.compress.teacher import Ensemble, OnlineTeacher
 from edgewright.planner.heap import Heap
 from edgewright.planner.ledger import Ledger
@@ -159,7 +159,7 @@ def reading(
         return simulation.summed(body.times(1.0, weight_bytes(models)), simulation.last.times(tokens / size))
 
 
-def _source(stage: CacheStageConfig, models: Sequence[PreTrainedModel], ledger: Ledger) -> TargetSource:
+def _source(stage: CacheStageConfig, models: Sequence[PreTrainedModel], ledger: Ledger) -> OnlineTeacher | Ensemble:
     members = [_Loaded(model, ledger) for model in models]
     if stage.teacher.type != "ensemble":
         return members[0]

@@ -157,7 +157,8 @@ def test_draws_come_back_with_their_counts(samples: int, tmp_path: Path) -> None
         counts, found, times = decode_sampled(piece, row, 8, layout)
         np.add.at(back, (8 * row + np.repeat(np.arange(8), counts), found), times)
         counted += len(found)
-    assert len(payload) == pytest.approx(40 * layout.bytes_per_token(counted / 40, 8), abs=5)
+    last = 8 + 5 / 2  # the end of the last sequence; half a byte of each
+    assert len(payload) == pytest.approx(40 * layout.bytes_per_token(counted / 40, 8), abs=last)
     expected = np.zeros((40, 300), np.int64)
     np.add.at(expected, (np.repeat(np.arange(40), samples), ids.numpy().reshape(-1)), 1)
     assert (back == expected).all() and counted == (expected > 0).sum()

@@ -168,7 +168,7 @@ def test_a_run_is_held_against_what_was_predicted_of_them(finished: tuple[Path, 
     compared = {(each.stage, each.what): each for each in compare(directory)}
     for name in MADE:
         cost = json.loads((directory / "stages" / name / COST).read_text())
-        assert cost["done"] and cost["decisions"]["precision"] == "float32"
+        assert cost["done"] and cost["decisions"]["device"] == kept["stages"][1]["decisions"]["device"]
         assert compared[name, "seconds"].measured == cost["seconds"] > 0
         assert compared[name, "memory"].measured == cost["peak_memory"]
         assert not compared[name, "memory"].changed

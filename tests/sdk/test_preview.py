@@ -64,11 +64,17 @@ SHAPES = {
 def test_what_refuses_a_part_of_a_stage_says_which(tmp_path: Path) -> None:
     """The key that stands in the recipe, also where the component does not know its place there."""
     ternary = {"type": "ternary", "layers": ["q_proj"]}
-    rank = refused(tmp_path, *overrides(tmp_path, ternary, {**LATE["EW-720"], "exclude": ["q_proj"]}))
+    rank, block = (
+        refused(tmp_path / name, *overrides(tmp_path / name, *methods))
+        for name, methods in (
+            ("rank", [ternary, {**LATE["EW-720"], "exclude": ["q_proj"]}]),
+            ("block", [{"type": "lora", "rank": 4, "train_blocks": [7]}]),
+        )
+    )
+    elastic = overrides(tmp_path / "sizes", {"type": "elastic", "hidden_size": [33]})
+    sizes = refused(tmp_path / "sizes", *elastic, "stages.student.objective={type: sandwich}")
     assert rank.where == "stages.student.methods.1.rank"
-    block = refused(tmp_path, *overrides(tmp_path, {"type": "lora", "rank": 4, "train_blocks": [7]}))
     assert (block.code, block.where) == ("EW-734", "stages.student.methods.0.train_blocks")
-    sizes = refused(tmp_path, *overrides(tmp_path, {"type": "elastic", "hidden_size": [33]}))
     assert (sizes.code, sizes.where) == ("EW-765", "stages.student.methods.0.hidden_size")
 
 
