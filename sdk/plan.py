@@ -70,9 +70,9 @@ class Plan:
     """What stages of type generate will write."""
 
     @property
-    def largest(self) -> StagePlan | MakingPlan:
-        """The stage that needs most memory."""
-        return max(self.stages, key=lambda stage: stage.memory.total)
+    def largest(self) -> StagePlan | MakingPlan | None:
+        """The stage that needs most memory; None where no stage has a model."""
+        return max(self.stages, key=lambda stage: stage.memory.total, default=None)
 
     @property
     def fits(self) -> bool:
@@ -81,15 +81,17 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """`memory` and `advice` are those of the stage that needs most; disk, flops and seconds of the whole run."""
+        from edgewright.planner.memory import Memory
+
         times = [stage.time for stage in self.stages]
         known = all(time.seconds is not None for time in times)
         return {
             "schema_version": 1,
             "recipe": str(self.recipe),
             "device": self.device.to_json(),
-            "stage": self.largest.name,
-            "memory": self.largest.memory.to_json(),
-            "memory_range": list(self.largest.memory_range),
+            "stage": None if self.largest is None else self.largest.name,
+            "memory": (Memory.none() if self.largest is None else self.largest.memory).to_json(),
+            "memory_range": [0, 0] if self.largest is None else list(self.largest.memory_range),
             "disk": self.disk["total"],
             "disk_parts": self.disk,
             "disk_free": self.free,
@@ -174,6 +176,8 @@ def predicted(
     written: list[WrittenPlan] = []
     for stage in recipe.stages:
         planned: StagePlan | MakingPlan
+        if stage.type == "text":  # it reads files, and asks no model
+            continue
         if stage.type == "train":
             planned = plan_stage(recipe, stage, models[stage.name], device)
         elif stage.type == "cache":
@@ -187,14 +191,14 @@ def predicted(
             planned = planned if found is None else planned.with_probe(found)
         stages.append(planned)
     trained = {stage.name: stage for stage in stages if isinstance(stage, StagePlan)}
-    largest = max(stages, key=lambda stage: stage.memory.total)
+    largest = max(stages, key=lambda stage: stage.memory.total, default=None)
     return Plan(
         recipe=source,
         device=device,
         stages=tuple(stages),
         disk=disk(recipe, trained, vocab_size, caches, written),
         free=_free(recipe.run_directory),
-        advice=_advice(recipe, models[largest.name], device, largest) if advice else (),
+        advice=_advice(recipe, models[largest.name], device, largest) if advice and largest is not None else (),
         past=past(recipe.run_directory, device),
         caches=tuple(caches),
         written=tuple(written),
@@ -203,9 +207,9 @@ def predicted(
 
 def _can_be_probed(stage: AnyStageConfig) -> bool:
     """Whether there are targets, where they are needed: a teacher that an earlier stage makes is not there yet."""
-    return stage.teacher is None or (
-        bool(stage.teachers) and all(teacher.type == "checkpoint" for teacher in stage.teachers)
-    )
+    if stage.type == "train" and stage.teacher is None:
+        return True
+    return bool(stage.teachers) and all(teacher.type == "checkpoint" for teacher in stage.teachers)
 
 
 def _advice(recipe: Recipe, models: StageModels, device: Device, planned: StagePlan | MakingPlan) -> tuple[Advice, ...]:

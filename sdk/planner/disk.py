@@ -4,11 +4,12 @@ and exports."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgewright.data import HfData
+from edgewright.data.files import find
 
 if TYPE_CHECKING:
     from edgewright.planner.cached import CachePlan
@@ -53,7 +54,7 @@ def disk(
         **_checkpoints(recipe, stages, files + STATE_BYTES),
         "models": sum(stage.model_bytes + files for stage in stages.values()),
         "caches": sum(cache.bytes for cache in caches),
-        "generated": sum(each.bytes for each in written),
+        "generated": sum(each.bytes for each in written) + sum(_texts(recipe, vocab_size)),
         "exports": sum(_export(export, stages) for export in recipe.exports),
     }
     return {**found, "total": sum(found.values())}
@@ -94,6 +95,15 @@ def _shards(recipe: Recipe, vocab_size: int) -> int:
         return 0
     sizes = [entry[1] for entry in recipe.data.fingerprint() if isinstance(entry, list) and isinstance(entry[1], int)]
     return int(sum(sizes) / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
+
+
+def _texts(recipe: Recipe, vocab_size: int) -> Iterator[int]:
+    """Of the stages that read more text: packed, as the recipe's own."""
+    for stage in recipe.stages:
+        if stage.type == "text":
+            patterns = (stage.files,) if isinstance(stage.files, str) else stage.files
+            size = sum(path.stat().st_size for _, path in find(patterns, f"stages.{stage.name}.files"))
+            yield int(size / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
 
 
 def bytes_per_token(vocab_size: int) -> float:

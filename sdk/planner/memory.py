@@ -34,6 +34,11 @@ class Memory:
     other: int
     """The batch; on a CPU holes of the heap and torch's own buffers, on a GPU the context and cuBLAS's workspace."""
 
+    @classmethod
+    def none(cls) -> Memory:
+        """Where there is no model."""
+        return cls(weights=0, gradients=0, optimizer=0, activations=0, logits=0, teacher=0, other=0)
+
     @property
     def total(self) -> int:
         return (

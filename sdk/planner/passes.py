@@ -16,7 +16,7 @@ from edgewright.compress.cache_config import CacheStageConfig, TopKConfig
 from edgewright.compress.continuation import Reader, choose, sum_of
 from edgewright.compress.targets import Logits, Sampled, TopK
 from edgewright.compress.teacher import Ensemble, OnlineTeacher
-from edgewright.planner.heap import Heap
+from edgewright.planner.heap import typical_peak
 from edgewright.planner.ledger import Ledger
 from edgewright.planner.simulate import ATTENTION, made_inputs, weightless, without_warnings, young_garbage
 from edgewright.planner.teachers import parameter_count
@@ -84,11 +84,9 @@ class _Simulation:
 
     def summed(self, *parts: tuple[float, float, float]) -> Pass:
         flops, operations, moved = (sum(column) for column in zip(*parts, strict=True))
-        heap = Heap()
-        heap.play(self.ledger.events)
         return Pass(
             memory=dict(self.ledger.peak),
-            heap=heap.peak,
+            heap=typical_peak(self.ledger.events, (), 0),
             parameters=sum(map(parameter_count, self.models)),
             flops=flops,
             operations=operations,

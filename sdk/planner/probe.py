@@ -212,6 +212,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = _measure(recipe, stage, request["vocab_size"], Path(folder))
     else:
+        assert stage.type != "text", "no model reads there"
         found = _measure_making(recipe, stage, request["vocab_size"])
     print(json.dumps(asdict(found)))
 

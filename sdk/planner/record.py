@@ -143,8 +143,9 @@ def keep_plan(recipe: Recipe, directory: Path, vocab_size: int, say: Callable[[s
     Args:
         directory: of the run, with its `recipe.resolved.yaml`.
     """
-    begun = {stage.name for stage in recipe.stages if _has_begun(directory / "stages" / stage.name)}
-    if len(begun) == len(recipe.stages):
+    planned = [stage for stage in recipe.stages if stage.type != "text"]
+    begun = {stage.name for stage in planned if _has_begun(directory / "stages" / stage.name)}
+    if len(begun) == len(planned):
         return
     kept = _read_object(directory / PLAN)
     try:
@@ -157,7 +158,7 @@ def keep_plan(recipe: Recipe, directory: Path, vocab_size: int, say: Callable[[s
         made = {"schema_version": 1, "stages": [], "problem": problem}
     earlier = {stage["name"]: stage for stage in kept.get("stages", [])}
     fresh = {stage["name"]: stage for stage in made["stages"] if stage["name"] not in begun}
-    stages = [known for s in recipe.stages if (known := (earlier if s.name in begun else fresh).get(s.name))]
+    stages = [known for s in planned if (known := (earlier if s.name in begun else fresh).get(s.name))]
     write_json(directory / PLAN, {**made, "stages": stages})
     for stage in (stage for stage in stages if stage["name"] in fresh):
         say(f"{stage['name']}: planned {_told(PlannedStage.model_validate(stage))}")

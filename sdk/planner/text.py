@@ -62,6 +62,8 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def _verdict(result: dict[str, Any]) -> str:
+    if result["stage"] is None:
+        return "this fits: no stage has a model" if result["fits"] else "this DOES NOT FIT: the disk is too small"
     if result["fits"]:
         largest = next(stage for stage in result["stages"] if stage["name"] == result["stage"])
         narrow = largest["memory_limit"] is not None and largest["memory_range"][1] > largest["memory_limit"]
@@ -82,6 +84,8 @@ def _advice(advice: dict[str, Any]) -> str:
 
 
 def _ranges(result: dict[str, Any]) -> Iterator[str]:
+    if result["stage"] is None:
+        return
     total, (low, high) = say.size(result["memory"]["total"]), (say.size(size) for size in result["memory_range"])
     yield f"memory {total} ({low} to {high}) in stage {result['stage']}, which needs most"
 
