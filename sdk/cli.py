@@ -345,7 +345,9 @@ def speculate(
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="Files or patterns, .txt or .jsonl (.xz); each is a set. By default held-out Python code."),
+        typer.Option(
+            help="Files or patterns, .txt or .jsonl (.xz), a prompt a line; each is a set. Else held-out Python code."
+        ),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(metavar="[FILES]...", help="Further files for --prompts.")] = None,
     gamma: Annotated[str, typer.Option(help="Drafted tokens per round; several with commas: 2,4.")] = "4",

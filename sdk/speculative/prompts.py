@@ -30,9 +30,10 @@ class Prompt:
 def read_prompts(patterns: Sequence[str | Path], *, limit: int | None = None) -> list[Prompt]:
     """The prompts of files.
 
-    A .txt file holds prompts with `<|endoftext|>` between them, a .jsonl file one a line: `prompt`, `text`, `question`
-    or `instruction`, the first of `turns`, or the first of `messages` that a user wrote. They are taken as they are:
-    chat templates are not applied. Both kinds may be compressed (.gz, .xz, .zst). Blank prompts are left out.
+    A .txt file holds a prompt a line, as stages of type `generate` read it, or, with `<|endoftext|>` between them, such
+    of several lines. A .jsonl file holds one a line: `prompt`, `text`, `question` or `instruction`, the first of
+    `turns`, or the first of `messages` that a user wrote. They are taken as they are: chat templates are not applied.
+    Both kinds may be compressed (.gz, .xz, .zst). Blank prompts are left out.
 
     Args:
         patterns: files or patterns.
@@ -71,9 +72,10 @@ def held_out_prompts(limit: int) -> list[Prompt]:
 
 
 def _texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """Place and text of each document of a text file."""
+    """Place and text of each prompt of a text file."""
     from edgewright.data.reading import TextFormat, read_file
 
+    found = []
     for document in read_file(path, name, TextFormat()):
         where = f"{path.absolute()}:{document.line}"
         if document.fault is not None:
@@ -81,7 +83,12 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
         text = "".join(document.chunks)
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise _unreadable(where, "bytes that are no UTF-8")
-        yield where, text
+        found.append((where, text))
+    if len(found) > 1:
+        yield from found
+    else:
+        lines = (line for _, text in found for line in text.splitlines())
+        yield from ((f"{path.absolute()}:{number}", line) for number, line in enumerate(lines, 1))
 
 
 def _texts_of_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -315,6 +315,14 @@ def test_text_prompts_keep_their_line(files: Path) -> None:
     ]
 
 
+def test_a_text_file_without_separators_holds_a_prompt_a_line(files: Path) -> None:
+    (files / "lines.txt").write_text("one\n\n two words\n")
+    assert [(each.text, each.where[-1]) for each in read_prompts([files / "lines.txt"])] == [
+        ("one", "1"),
+        (" two words", "3"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "code"),
     [
