@@ -6,31 +6,25 @@ at once and take turns, round by round (A B C, A B C, ...), so that a machine th
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from edgewright._verbs import VerbModule
-from edgewright.errors import BadInput, RecipeError
+from edgewright.errors import RecipeError
 from edgewright.inventory import ModelFile, describe_model
 from edgewright.machine import available_cores, describe_machine
+from edgewright.worker import WorkerProcess
 
 Loop = Literal["steps", "native"]
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "edgewright.bench_worker")
 FEWEST_REPEATS_TO_TRUST = 5
-IDLE_SHARE_ALLOWED = 0.1  # processor time of a process that waits, as a share of the time it waits
 SPREAD_ALLOWED = 0.15  # standard deviation of tokens/s, as a share of the mean
 SETTLE_SECONDS = 0.1  # lets the threads of the runtime that was measured last go to sleep
 
@@ -214,53 +208,31 @@ def _device_row(result: dict[str, Any], row: dict[str, Any]) -> BenchRow:
     )
 
 
-class Worker:
-    """The parent's end of one artifact's process. A context manager: leaving it ends the process."""
+class Worker(WorkerProcess):
+    """The parent's end of one artifact's process."""
 
     def __init__(self, file: ModelFile, *, threads: int) -> None:
+        super().__init__(WORKER_COMMAND, file.path, threads=threads)
         self.file = file
         self.rounds: list[dict[str, float]] = []
         self.opened: dict[str, object] = {}
-        self._waited = 0.0
-        self._burned = 0.0
-        self._last_reply = time.monotonic()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
-        self._process = subprocess.Popen(
-            WORKER_COMMAND,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
-            text=True,
-            encoding="utf-8",
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._stderr.close()
 
     def open(self, *, prompt: int, generate: int, threads: int, loop: Loop) -> None:
         """Let the process open its artifact."""
         path = str(self.file.path.absolute())
-        self.opened = self._ask(
+        self.opened = self.ask(
             {"do": "open", "path": path, "threads": threads, "prompt": prompt, "generate": generate, "loop": loop}
         )
 
     def round(self) -> None:
         """Run both tests once and keep the times."""
-        reply = self._ask({"do": "round"})
+        reply = self.ask({"do": "round"})
         self.rounds.append({name: float(str(value)) for name, value in reply.items()})
 
     def forget(self) -> None:
         """Drop what was measured so far: it was the warm-up."""
+        super().forget()
         self.rounds.clear()
-        self._waited = self._burned = 0.0
 
     def row(self, *, prompt: int, generate: int) -> BenchRow:
         """Mean and sample standard deviation over the rounds kept."""
@@ -280,59 +252,6 @@ class Worker:
             tokens_per_s_sd=rate_sd,
             peak_memory=int(max(times["peak_memory"] for times in self.rounds)),
             baseline_memory=None if baseline is None else int(str(baseline)),
-        )
-
-    def warnings(self) -> list[str]:
-        """Says so when this process worked while the others were measured."""
-        if self._burned <= IDLE_SHARE_ALLOWED * self._waited:
-            return []
-        share = self._burned / self._waited
-        return [
-            f"{self.file.path} used {share:.0%} of a core while the others were measured: they are faster than shown."
-        ]
-
-    def _ask(self, request: dict[str, object]) -> dict[str, object]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        waited = time.monotonic() - self._last_reply
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise self._died()
-        reply: dict[str, object] = json.loads(line)
-        if "error" in reply:
-            raise self._user_error(reply["error"])
-        self._waited += waited
-        self._burned += float(str(reply.pop("idle_cpu")))
-        self._last_reply = time.monotonic()
-        return reply
-
-    def _user_error(self, error: object) -> BadInput:
-        """The worker's error as one of this process, with the artifact as the place."""
-        assert isinstance(error, dict)
-        return BadInput(
-            error["code"],
-            error["what"],
-            where=self.file.path,
-            expected=error["expected"],
-            found=error["found"],
-            fix=error["fix"],
-        )
-
-    def _died(self) -> BadInput:
-        code = self._process.wait()
-        self._stderr.seek(0)
-        said = self._stderr.read().decode("utf-8", errors="replace").strip().splitlines()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        return BadInput(
-            "EW-610",
-            "the process that measured this artifact died",
-            where=self.file.path,
-            found=f"{how}; it last said: {' | '.join(said[-3:]) or 'nothing'}",
-            fix=f"try it alone: edgewright generate {self.file.path}",
         )
 
 

@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgewright.export.runtimes.session import Session
 
 OpenSession = Callable[..., "Session"]
+Request = dict[str, object]
 Reply = dict[str, object]
 TOKEN_SEED = 20_251_120
 
@@ -41,7 +42,7 @@ class Bencher:
     def __init__(self, open_session: OpenSession) -> None:
         self._open_session = open_session
 
-    def open(self, request: dict[str, object]) -> Reply:
+    def open(self, request: Request) -> Reply:
         """Open the artifact; `load` is in seconds and includes importing the runtime."""
         baseline = resident_memory()
         start = time.perf_counter()
@@ -55,7 +56,7 @@ class Bencher:
         self.prompt = [self.session.start_id, *random.Random(TOKEN_SEED).choices(vocabulary, k=prompt - 1)]
         return {"runtime": self.session.runtime, "load": load, "baseline_memory": baseline}
 
-    def round(self, request: dict[str, object]) -> Reply:
+    def round(self, request: Request) -> Reply:
         """Both tests once, each on an empty cache, as llama-bench does; times in seconds.
 
         `prompt`: append the whole prompt at once. `first`: the same plus choosing the first new token (argmax).
@@ -112,13 +113,18 @@ def _given(logits: np.ndarray | None) -> np.ndarray:
 
 
 def serve(open_session: OpenSession, requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until their stream ends. A user error is a reply; anything else ends the process loudly.
-
-    Each reply also carries `idle_cpu`: processor seconds that this process burned since its last reply, when it
-    should have done nothing (threads of a runtime that spin would falsify the numbers of the other artifacts).
-    """
+    """Answer the requests of `bench`."""
     bencher = Bencher(open_session)
-    handlers = {"open": bencher.open, "round": bencher.round}
+    answer({"open": bencher.open, "round": bencher.round}, requests, replies)
+
+
+def answer(handlers: Mapping[str, Callable[[Request], Reply]], requests: TextIO, replies: TextIO) -> None:
+    """Answer requests, by what their `do` says, until their stream ends.
+
+    A user error is a reply; anything else ends the process loudly. Each reply also carries `idle_cpu`: processor
+    seconds that this process burned since its last reply, when it should have done nothing (threads of a runtime that
+    spin would falsify the numbers of the other artifacts).
+    """
     idle_since = time.process_time()
     for line in requests:
         idle_cpu = time.process_time() - idle_since
