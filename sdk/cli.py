@@ -11,7 +11,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,8 @@ from typing import Annotated, Literal, NoReturn, Protocol
 
 import typer
 
-from edgewright.cli_output import failed, print_json
+from edgewright.cli_options import Acceptance, Draft, Gamma, Quants, Runtimes, Speculative, shares, whole_numbers
+from edgewright.cli_output import failed, print_json, progress, say_line
 
 app = typer.Typer(
     name="edgewright",
@@ -142,22 +143,34 @@ def check(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file; with --speculative also a model.")],
     overrides: Overrides = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, a GPU such as rtx-4070, or a size such as 24GB; by default this machine's.")
     ] = None,
     no_probe: Annotated[bool, typer.Option("--no-probe", help="Do not time a few real steps on this machine.")] = False,
+    speculative: Speculative = False,
+    runtime: Runtimes = None,
+    quant: Quants = None,
+    draft: Draft = None,
+    acceptance: Acceptance = None,
+    gamma: Gamma = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Predict memory, disk and time of a recipe.
+    """Predict memory, disk and time of a recipe; or whether a draft will pay.
 
-    Says before anything is trained whether it fits, and if not what to change and what that saves.
+    Says before anything is trained whether it fits, and if not what to change and what that saves. With --speculative:
+    the acceptance that drafts of several sizes need, expected speed-up and best length, for a target on this machine.
     """
     from edgewright.plan import plan
 
     with _quiet_stdout():
-        result = plan(recipe, *(overrides or []), device=device, probe=not no_probe)
+        result = plan(
+            recipe, *(overrides or []), device=device, probe=not no_probe, speculative=speculative,
+            runtime=runtime or (), quant=quant or (), draft=draft, acceptance=shares(acceptance), gamma=gamma,
+            threads=threads, say=say_line,
+        )  # fmt: skip
     _show("plan", result, as_json)
 
 
@@ -382,7 +395,7 @@ def speculate(
             target,
             draft,
             prompts=[*(prompts or []), *(more or [])] or None,
-            gamma=_whole_numbers(gamma, "--gamma"),
+            gamma=whole_numbers(gamma, "--gamma"),
             ngram=ngram,
             temperature=temperature,
             top_k=top_k,
@@ -393,7 +406,7 @@ def speculate(
             limit=limit,
             seed=seed,
             threads=threads,
-            say=_progress("prompt"),
+            say=progress("prompt"),
         )
     _show("speculate", result, as_json)
 
@@ -475,20 +488,6 @@ def explain(
     from edgewright.explain import explain
 
     _show("explain", explain(code), as_json)
-
-
-def _whole_numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{option} takes whole numbers with commas between them, not {text!r}") from None
-
-
-def _progress(what: str) -> Callable[[int, int], None] | None:
-    """Tells how far a measurement is, on a terminal alone."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda done, of: print(f"\r{what} {done} of {of}", end="\n" if done == of else "", file=sys.stderr)
 
 
 def _required(value: Path | None, name: str) -> Path:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from typer.exceptions import TyperException
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edgewright.errors import EdgewrightError
 
 BUG = 70
@@ -71,3 +73,15 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say_line(line: str) -> None:
+    """Tell about progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def progress(what: str) -> Callable[[int, int], None] | None:
+    """Tells how far a measurement is, on a terminal alone."""
+    if not sys.stderr.isatty():
+        return None
+    return lambda done, of: print(f"\r{what} {done} of {of}", end="\n" if done == of else "", file=sys.stderr)

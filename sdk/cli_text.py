@@ -45,9 +45,11 @@ def _check(result: dict[str, Any]) -> str:
 
 
 def _plan(result: dict[str, Any]) -> str:
-    from edgewright.planner.text import as_text
+    from edgewright.planner import speculative_text, text
 
-    return as_text(result)
+    parts = [text.as_text(result)] if "stages" in result else []
+    parts += [speculative_text.as_text(result["speculative"])] if "speculative" in result else []
+    return "\n\n".join(parts)
 
 
 def _run(result: dict[str, Any]) -> str:

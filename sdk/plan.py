@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from edgewright._verbs import VerbModule
-from edgewright.errors import EdgewrightError
+from edgewright.errors import EdgewrightError, RecipeError
 
 if TYPE_CHECKING:
     from edgewright.planner.advice import Advice
@@ -20,12 +20,18 @@ if TYPE_CHECKING:
     from edgewright.planner.history import PastErrors
     from edgewright.planner.making import MakingPlan
     from edgewright.planner.probe import Probe
+    from edgewright.planner.speculative_files import Wanted
+    from edgewright.planner.speculative_report import SpeculativePlan
     from edgewright.planner.stage_plan import StagePlan
     from edgewright.planner.written import WrittenPlan
     from edgewright.recipe import AnyStageConfig, Recipe, StageConfig
 
 ONLY_OF_DISK = "EW-403"
 """What `check` says of too small a disk; a plan says it in its own way."""
+
+
+def _quiet(line: str) -> None:
+    """Say nothing."""
 
 
 class CheckFailed(EdgewrightError):
@@ -109,19 +115,80 @@ class Plan:
         }
 
 
-def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: bool = True) -> Plan:
-    """Predict memory, disk, operations and time of a recipe. Nothing is trained but a few steps of a probe.
+@overload
+def plan(recipe: str | Path, *overrides: str, device: str | None = ..., probe: bool = ...) -> Plan: ...
+
+
+@overload
+def plan(
+    recipe: str | Path,
+    *overrides: str,
+    device: str | None = ...,
+    probe: bool = ...,
+    speculative: bool,
+    runtime: Sequence[str] = ...,
+    quant: Sequence[str] = ...,
+    draft: str | Path | None = ...,
+    acceptance: Sequence[float] = ...,
+    gamma: int | None = ...,
+    threads: int | None = ...,
+    say: Callable[[str], None] = ...,
+) -> Plan | SpeculativePlan: ...
+
+
+def plan(
+    recipe: str | Path,
+    *overrides: str,
+    device: str | None = None,
+    probe: bool = True,
+    speculative: bool = False,
+    runtime: Sequence[str] = (),
+    quant: Sequence[str] = (),
+    draft: str | Path | None = None,
+    acceptance: Sequence[float] = (),
+    gamma: int | None = None,
+    threads: int | None = None,
+    say: Callable[[str], None] = _quiet,
+) -> Plan | SpeculativePlan:
+    """Predict memory, disk, operations and time of a recipe, or whether a draft will pay for a target.
+
+    Nothing is trained but a few steps of a probe.
 
     Args:
-        recipe: path of the YAML file.
+        recipe: path of the YAML file; with `speculative` also a model directory or an exported file, the target.
         overrides: `section.key=value`.
         device: `cpu`, a GPU of the table (`rtx-4070`), or a size of memory (`24GB`); None: what a run would take here.
         probe: time a few real steps where the device is this machine's.
+        speculative: measure on this machine, in about a minute, what speculative decoding costs; of a recipe with
+            `target:` besides all else. What follows is for this alone.
+        runtime: of the target's files, names of runtimes or targets; empty: those that are fast and installed.
+        quant: widths; empty: 8 and 4 bits, and ternary where the target was trained so.
+        draft: a model directory or an exported file; None: random ones of a few sizes.
+        acceptance: of the draft by position, each given that those before were accepted; the last one holds for all
+            that follow. Empty: what the draft's draft.json says, if there is one.
+        gamma: tokens drafted a round; None: the best.
+        threads: of the runtimes; None: all cores that this process may use.
+        say: gets a line about progress now and then.
 
     Raises:
         RecipeErrors: the recipe is wrong. CheckFailed: what `check` finds, all of it. RecipeError: EW-760, no such
-            device.
+            device; EW-868, an option of `speculative` without it, or a recipe without a target; and what
+            `planner.speculative_plan.plan_speculative` raises.
     """
+    if speculative:
+        from edgewright.planner.speculative_plan import plan_speculative
+
+        wanted, planned = _speculative(Path(recipe), overrides, device, probe, runtime, quant, draft)
+        found = plan_speculative(wanted, acceptance=acceptance, gamma=gamma, threads=threads, say=say)
+        return replace(found, recipe=planned)
+    given = {"runtime": runtime, "quant": quant, "draft": draft, "acceptance": acceptance, "gamma": gamma}
+    for name, value in {**given, "threads": threads}.items():
+        if value not in (None, (), []):
+            raise _no_use(f"--{name}", value, "add --speculative, and give the target")
+    return _plan_recipe(recipe, overrides, device, probe)
+
+
+def _plan_recipe(recipe: str | Path, overrides: Sequence[str], device: str | None, probe: bool) -> Plan:
     from edgewright.check import check
     from edgewright.planner.devices import find_device
     from edgewright.planner.probe import probe as run_probe
@@ -138,6 +205,52 @@ def plan(recipe: str | Path, *overrides: str, device: str | None = None, probe: 
         return run_probe(Path(recipe), overrides, stage.name, vocab_size) if probe else None
 
     return predicted(Path(recipe), loaded, place, vocab_size, probed)
+
+
+def _speculative(
+    target: Path,
+    overrides: Sequence[str],
+    device: str | None,
+    probe: bool,
+    runtime: Sequence[str],
+    quant: Sequence[str],
+    draft: str | Path | None,
+) -> tuple[Wanted, Plan | None]:
+    """What the probe of speculative decoding shall open, and the plan of the recipe if it is one.
+
+    Raises:
+        RecipeError: EW-868.
+    """
+    from edgewright.compress.draft import DraftStudentConfig
+    from edgewright.export.architecture import open_config
+    from edgewright.planner.speculative_files import Wanted
+    from edgewright.recipe import load_recipe
+
+    wanted = Wanted(
+        target=target, runtimes=tuple(runtime), quants=tuple(quant), draft=None if draft is None else Path(draft)
+    )
+    if target.suffix not in (".yaml", ".yml"):
+        for what, value in (
+            ("SECTION.KEY=VALUE", " ".join(overrides)),
+            ("--device", device),
+            ("--no-probe", not probe),
+        ):
+            if value:
+                raise _no_use(what, value, "leave it out: a target is measured here, as it is")
+        return wanted, None
+    recipe = load_recipe(target, overrides)
+    if recipe.target is None:
+        raise _no_use("--speculative", str(target), "name the model that the draft is for: target: DIRECTORY")
+    shapes = [stage.student for stage in recipe.trainings if isinstance(stage.student, DraftStudentConfig)]
+    config = shapes[0].architecture(open_config(recipe.target)) if shapes and draft is None else None
+    planned = _plan_recipe(target, overrides, device, probe)
+    return replace(wanted, target=recipe.target, shape=config), planned
+
+
+def _no_use(what: str, found: object, fix: str) -> RecipeError:
+    return RecipeError(
+        "EW-868", f"{what} has no use here", expected="plan RECIPE, or plan TARGET --speculative", found=found, fix=fix
+    )
 
 
 def predicted(

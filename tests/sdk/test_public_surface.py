@@ -44,7 +44,19 @@ VERBS = [
 ]
 OPTIONS = {
     "check": {"--schema", "--show-batch", "--json", "--help"},
-    "plan": {"--device", "--no-probe", "--json", "--help"},
+    "plan": {
+        "--device",
+        "--no-probe",
+        "--speculative",
+        "--runtime",
+        "--quant",
+        "--draft",
+        "--acceptance",
+        "--gamma",
+        "--threads",
+        "--json",
+        "--help",
+    },
     "run": {"--fresh", "--json", "--help"},
     "evaluate": {"--data", "--text-key", "--max-tokens", "--threads", "--json", "--help"},
     "export": {
