@@ -150,10 +150,11 @@ def write_filler_tokenizer(directory: Path, vocab_size: int) -> None:
     """A byte-level tokenizer of so many tokens, for models that are measured and never read a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<|end|>", *letters][:vocab_size]
+    letters = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {"a", "b"})
+    names = ["<|end|>", "a", "b", "ab", *letters][:vocab_size]  # one merge: llama.cpp opens no file without any
     names += [f"filler{index}" for index in range(vocab_size - len(names))]
-    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(names[:1])
