@@ -202,6 +202,20 @@ def test_bad_requests_are_named_before_anything_is_measured(
     assert caught.value.code == code
 
 
+def test_a_file_is_taken_as_it_is(tiny: Path, tmp_path: Path) -> None:
+    """A GGUF file, with drafts of its sizes; asking for another width contradicts it."""
+    import edgewright
+
+    pytest.importorskip("llama_cpp")
+    file = edgewright.export(tiny, to="gguf", quant="q8_0", out=tmp_path, verify=False).path
+    plan = plan_speculative(Wanted(target=file), threads=1, seconds=0.01)
+    assert [(probed.file.to, probed.file.quant) for probed in plan.files] == [("gguf", "q8_0")]
+    assert {(draft.layers, draft.hidden_size) for draft in plan.files[0].drafts} >= {(1, 32), (2, 64)}
+    with pytest.raises(EdgewrightError) as caught:
+        plan_speculative(Wanted(target=file, quants=("q4_0",)))
+    assert caught.value.code == "EW-868"
+
+
 def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the command line."""
     from edgewright.cli import main
