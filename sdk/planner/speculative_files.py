@@ -177,7 +177,8 @@ def combinations(wanted: Wanted, source: Source) -> Iterator[tuple[str, str]]:
             )  # fmt: skip
     ternary = any(lattice.levels == "ternary" for lattice in source.lattice.values())
     for runtime in chosen:
-        usual = USUAL.get(runtime, tuple(quant for quant in ("fp32", "int8", "int4") if quant in legal[runtime]))
+        plain = tuple(quant for quant in ("fp32", "int8", "int4") if quant in legal[runtime])
+        usual: tuple[str, ...] = USUAL.get(runtime, plain)
         usual = usual[:1] if runtime == "torch" else usual
         usual += (TERNARY[runtime],) if ternary and runtime in TERNARY else ()
         yield from ((runtime, quant) for quant in (wanted.quants or usual) if quant in legal[runtime])
