@@ -32,8 +32,6 @@ FILES = (("genai", "fp32"), ("genai", "int4"), ("gguf", "q8_0"), ("openvino", "i
 GAMMAS = (1, 2, 4, 8)
 CHEAP, DEAR = 0.25, 0.75
 """Shares of the target's layers that a synthetic draft has: one that may pay, and one that cannot."""
-SCALE = 0.05
-"""Of what later layers add, in a synthetic target."""
 BAR = 0.15
 
 
@@ -57,6 +55,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="in each half")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt, at most")
+    parser.add_argument("--scale", type=float, default=0.3, help="of what later layers add, in synthetic targets")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each probe")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,7 +70,7 @@ def pairs(given: argparse.Namespace, folder: Path) -> Iterator[Pair]:
     targets += [random_target(folder / f"random-{size}", size) for size in given.random]
     for target in targets:
         for share in (CHEAP, DEAR):
-            yield synthetic(target, share, folder)
+            yield synthetic(target, share, given.scale, folder)
     for target, draft in given.pair:
         yield Pair(f"{target.name} + {draft.name}", target, draft)
 
@@ -90,20 +89,20 @@ def random_target(directory: Path, size: str) -> Path:
     return directory
 
 
-def synthetic(source: Path, share: float, folder: Path) -> Pair:
+def synthetic(source: Path, share: float, scale: float, folder: Path) -> Pair:
     """A target whose later layers say little, and its first layers as the draft."""
     import torch
     from transformers import AutoModelForCausalLM
 
     name = f"{source.name}, first {share:.0%} of its layers"
-    target, draft = (folder / f"{source.name}-{int(100 * share)}-{role}" for role in ("target", "draft"))
+    target, draft = (folder / f"{source.name}-{share:g}-{scale:g}-{role}" for role in ("target", "draft"))
     if not (draft / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         kept = max(1, round(share * model.config.num_hidden_layers))
         with torch.no_grad():
             for layer in model.model.layers[kept:]:
-                layer.self_attn.o_proj.weight.mul_(SCALE)
-                layer.mlp.down_proj.weight.mul_(SCALE)
+                layer.self_attn.o_proj.weight.mul_(scale)
+                layer.mlp.down_proj.weight.mul_(scale)
         model.save_pretrained(target)
         model.model.layers = model.model.layers[:kept]
         model.config.num_hidden_layers = kept
