@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Any, Literal
 
 from edgewright.errors import BadInput
@@ -31,6 +31,8 @@ PIECES = 3
 """Prompts from each of the gate's texts."""
 ALARM = 0.1
 """By what share the acceptance of the files may differ from that of the checkpoints."""
+ERRORS = 2.0
+"""And by how many standard errors: a few hundred tokens tell a low acceptance badly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class Certificate:
     checkpoint_acceptance: float | None
     """The acceptance of both checkpoints in float32, same prompts and gamma."""
     alarm: bool
-    """The two acceptances differ by more than 10 %."""
+    """The two acceptances differ by more than 10 %, and by more than chance explains."""
     gate: Literal["passed", "failed"]
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -133,7 +135,7 @@ def certify(
         divergences=divergences,
         peak_memory=peak_memory,
         checkpoint_acceptance=checkpoint_acceptance,
-        alarm=_alarms(counts.acceptance_rate, checkpoint_acceptance),
+        alarm=_alarms(counts, checkpoint_acceptance),
         gate="failed" if reasons else "passed",
         reasons=reasons,
         warnings=warnings,
@@ -226,7 +228,7 @@ def _reasons(counts: Counts, divergences: Sequence[Divergence]) -> list[str]:
 def _warnings(counts: Counts, turns: Sequence[_Turn], expected: float | None) -> list[str]:
     warnings = []
     rate = counts.acceptance_rate
-    if rate is not None and expected is not None and _alarms(rate, expected):
+    if rate is not None and expected is not None and _alarms(counts, expected):
         warnings.append(
             f"ALARM: in this runtime {rate:.1%} of the drafted tokens are accepted, with the checkpoints in float32 "
             f"{expected:.1%}: quantization or the runtime changes who agrees with whom"
@@ -239,7 +241,10 @@ def _warnings(counts: Counts, turns: Sequence[_Turn], expected: float | None) ->
     return warnings
 
 
-def _alarms(rate: float | None, expected: float | None) -> bool:
+def _alarms(counts: Counts, expected: float | None) -> bool:
+    """Whether the acceptance differs by more than 10 %, and by more than so few drafted tokens do by chance."""
+    rate = counts.acceptance_rate
     if rate is None or expected is None or not isfinite(expected):
         return False
-    return abs(rate - expected) > ALARM * expected
+    chance = sqrt(2 * expected * (1 - expected) / counts.drafted)  # both were counted over about as many tokens
+    return abs(rate - expected) > max(ALARM * expected, ERRORS * chance)

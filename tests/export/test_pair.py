@@ -21,6 +21,7 @@ from edgewright.export.parity import verify
 from edgewright.export.runtimes import open_session
 from edgewright.export.runtimes.pair import PairSession
 from edgewright.generate import generate
+from edgewright.speculative.counts import Counts
 
 pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("openvino_genai")
@@ -193,7 +194,7 @@ def test_wrong_tokens_leave_no_folder(
 
 
 def test_a_runtime_that_never_drafts_fails(bundle: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgewright.speculative.counts import Counts
+    path = bundle("gguf").path  # certified before the runtime is made to fail
 
     def alone(self: PairSession, tokens: Any, count: int, **settings: Any) -> list[int]:
         found = self.target.native_generate(tokens, count)
@@ -201,7 +202,7 @@ def test_a_runtime_that_never_drafts_fails(bundle: Callable[[str], Artifact], mo
         return found
 
     monkeypatch.setattr(PairSession, "native_generate", alone)
-    with open_session(bundle("gguf").path, threads=1) as session:
+    with open_session(path, threads=1) as session:
         assert isinstance(session, PairSession)
         prompts = certifying.built_in_prompts(session)[:2]
         found = certifying.certify(session, prompts, cost_ratio=0.5, checkpoint_acceptance=0.5, peak_memory=None)
@@ -219,8 +220,17 @@ def test_another_acceptance_than_the_checkpoints_raises_the_alarm(bundle: Callab
             certifying.certify(session, prompts, checkpoint_acceptance=rate / factor, **measure)  # type: ignore[arg-type]
             for factor in (1.09, 1.11)
         )
-    assert not near.alarm and far.alarm
+    assert not near.alarm and far.alarm, "few drafted tokens tell an acceptance near 1 well"
     assert any("ALARM" in warning for warning in far.warnings) and far.gate == "passed"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "drafted", "expected", "alarm"),
+    [(29, 400, 0.0551, False), (290, 4000, 0.0551, True), (222, 400, 0.5, False), (2220, 4000, 0.5, True)],
+)
+def test_chance_raises_no_alarm(accepted: int, drafted: int, expected: float, alarm: bool) -> None:
+    counts = Counts(drafted=drafted, accepted=accepted, rounds=drafted // 4)
+    assert certifying._alarms(counts, expected) is alarm
 
 
 # ---------------------------------------------------------------- bundles from elsewhere
