@@ -385,6 +385,8 @@ ROWS = (
     ),
     Row(name="apollo", what="dense, APOLLO at a quarter of the rank", stages=plain(), optimizer={"type": "apollo"},
         factors=(4.0, 10.0)),
+    Row(name="apollo-mini-front", what="dense, APOLLO-Mini, scaled before the limiter", stages=plain(),
+        optimizer={"type": "apollo_mini", "scale_front": True}, rate_of="apollo"),
     *(
         Row(
             name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=factors,
