@@ -119,7 +119,7 @@ def _llamacpp() -> str:
 def _openvino() -> str:
     import numpy as np
 
-    from edgewright.export.openvino.package import load
+    from edgewright.export.openvino.package import load, own_signal_stack
 
     ov = load()
     for package in ("openvino_genai", "openvino_tokenizers"):
@@ -127,7 +127,8 @@ def _openvino() -> str:
     value = ov.opset13.parameter([2], np.float32)
     model = ov.Model([ov.opset13.result(ov.opset13.add(value, value))], [value], "twice")
     core = ov.Core()
-    result = core.compile_model(model, "CPU")([np.array([1, 2], np.float32)])[0]
+    with own_signal_stack():
+        result = core.compile_model(model, "CPU")([np.array([1, 2], np.float32)])[0]
     if list(result) != [2, 4]:
         raise ArithmeticError(f"x + x gave {result}")
     return f"{version('openvino')}, genai {version('openvino-genai')}, devices {' '.join(core.available_devices)}"

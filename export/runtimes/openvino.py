@@ -20,7 +20,7 @@ import numpy as np
 from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
 from edgewright.export.guard.openvino import check_openvino_folder
-from edgewright.export.openvino.package import load
+from edgewright.export.openvino.package import load, own_signal_stack
 from edgewright.export.runtimes.session import GAMMA, Capabilities, Logits, Session
 from edgewright.export.source import special_ids
 from edgewright.export.tokenizer_files import open_tokenizer
@@ -127,7 +127,9 @@ class OpenVinoSession(Session):
             if self._model is None:
                 raise ValueError("this session is closed")
             try:
-                self._opened = load().Core().compile_model(self._model, "CPU", self._settings).create_infer_request()
+                with own_signal_stack():
+                    compiled = load().Core().compile_model(self._model, "CPU", self._settings)
+                self._opened = compiled.create_infer_request()
             except RuntimeError as error:
                 raise _cannot_open(self.path, error) from error
         return self._opened
@@ -204,11 +206,14 @@ class OpenVinoSession(Session):
         key = None if draft is None else draft.path
         if key not in self._pipelines:
             genai = load("openvino_genai")
-            extra = (
-                {} if draft is None else {"draft_model": genai.draft_model(str(draft.path), "CPU", **draft._settings)}
-            )
             try:
-                self._pipelines[key] = genai.LLMPipeline(str(self.path), "CPU", **self._settings, **extra)
+                with own_signal_stack():
+                    extra = (
+                        {}
+                        if draft is None
+                        else {"draft_model": genai.draft_model(str(draft.path), "CPU", **draft._settings)}
+                    )
+                    self._pipelines[key] = genai.LLMPipeline(str(self.path), "CPU", **self._settings, **extra)
             except RuntimeError as error:
                 raise _cannot_open(self.path, error) from error
         return self._pipelines[key]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +35,30 @@ def session(openvino_fp32: Path) -> Iterator[OpenVinoSession]:
     with OpenVinoSession(openvino_fp32, threads=1) as opened:
         assert isinstance(opened, OpenVinoSession)
         yield opened
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> tuple[int | None, int, int]:
+    found = _Stack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.address, found.flags, found.size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the vendor's stack is Linux's")
+def test_the_thread_keeps_its_signal_stack(openvino_fp32: Path, openvino_ternary: Path, ternary: Source) -> None:
+    """Else a later SIGTERM is handled on three pages of the vendor's, which may be gone: a segmentation fault."""
+    before, prompt = signal_stack(), tokens_of(ternary, 12)
+    with OpenVinoSession(openvino_fp32, threads=1) as opened, OpenVinoSession(openvino_ternary, threads=1) as draft:
+        opened.append(prompt)
+        assert signal_stack() == before
+        opened.native_generate(prompt, 4)
+        opened.native_generate(prompt, 4, draft=draft)
+        assert signal_stack() == before
+    gc.collect()
+    assert signal_stack() == before
 
 
 def test_fp32_is_the_model_in_every_way_to_read(session: OpenVinoSession, ternary: Source) -> None:
