@@ -363,6 +363,7 @@ def test_an_export_of_a_size_that_will_not_be_is_refused_before_training(tmp_pat
     assert error.code == "EW-766"
 
 
+@pytest.mark.slow
 def test_the_plan_knows_what_a_sandwich_holds(tmp_path: Path) -> None:
     """The activations of every sub-network, until the backward pass."""
     recipe = elastic_recipe(tmp_path)

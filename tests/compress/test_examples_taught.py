@@ -211,6 +211,7 @@ def test_a_stage_that_writes_running_text_is_refused_before_anything_runs(tmp_pa
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_tells_the_size_of_the_cache(finished: Path) -> None:
     manifest = json.loads((finished / "stages/said/cache/cache.json").read_text())
     planned = edgewright.plan(finished.parent / "tiny.yaml", f"output_dir={finished}").to_json()["caches"]

@@ -43,6 +43,7 @@ def recipe_with(section, folder):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SECTIONS)
 def test_kill_9_and_the_same_command_again_gives_the_same_bits(name, tmp_path):
     """Killed in step 7: it goes on from the checkpoint of step 4, over the change of the projection at 5 and at 10."""

@@ -161,6 +161,7 @@ def test_the_object_that_scripts_read(tmp_path: Path) -> None:
     assert found["disk"] == sum(size for kind, size in found["disk_parts"].items() if kind != "total")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_what_to_change(tmp_path: Path) -> None:
     large = ["stages.base.student={type: preset, preset: llama-20m}", "stages.base.training.precision=fp32"]
     found = plan(write_recipe(tmp_path), *large, "data.sequence_length=256", device="600MB", probe=False)
@@ -223,6 +224,7 @@ assert len(tensors) >= 4 and not any(isinstance(tensor, FakeTensor) for tensor i
 """What is made once for a process, by a process whose first step is a simulated one."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     ["{type: apollo, rank: 4, states: int8}", "{type: galore, rank: 4, states: int8}", "{type: adamw_8bit}"],

@@ -207,6 +207,7 @@ def test_a_plan_that_cannot_be_read(tmp_path: Path) -> None:
     assert str(raised.value.where).endswith(PLAN) and "stages.0" in str(raised.value.expected)
 
 
+@pytest.mark.slow
 def test_a_budget_is_heeded_as_the_run_heeds_it(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     wide = "stages.base.student={type: preset, preset: llama-1m, hidden_size: 256, num_hidden_layers: 1}"
@@ -230,6 +231,7 @@ def test_a_budget_is_heeded_as_the_run_heeds_it(tmp_path: Path) -> None:
     assert "DOES NOT FIT" in text and "of 35.0 MB on cpu, in stage base" in text
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_within_a_range(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     compiled = plan(recipe, PLAIN[0], "stages.base.training.compile=on", probe=False)
