@@ -60,6 +60,7 @@ def main() -> None:
         folder = given.folder or Path(scratch)
         header()
         draft = given.draft or first_layer(folder / "first_layer")
+        folder.mkdir(parents=True, exist_ok=True)
         files = prompt_files(folder, given.held_out)
         paths = {name: tuple(exported(model, name, folder) for model in (TEACHER, draft)) for name in given.runtimes}
         missed = [bar for name in paths for bar in greedy(name, paths[name], files, given)]
