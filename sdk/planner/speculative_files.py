@@ -113,13 +113,15 @@ def make_files(
     """Export what has to be exported, and describe it all.
 
     Raises:
-        RecipeError: EW-863, no such runtime; EW-502, no such width.
+        RecipeError: EW-800, the draft has another vocabulary; EW-863, no such runtime; EW-502, no such width.
         BadInput: what export and the guard refuse; EW-603, a runtime that was asked for is not installed; EW-862, the
             draft is no smaller than its target; EW-866, no draft can be shaped; EW-869, it is for another runtime.
     """
     from edgewright.inventory import describe_model
 
     described = describe_model(wanted.target)
+    if wanted.draft is not None:
+        _check_tokens(described, describe_model(wanted.draft))
     if described.to != "hf":
         return [_given_target(wanted, described, scratch / "given", threads)], []
     from edgewright.export.source import load_source
@@ -142,6 +144,22 @@ def make_files(
     if not made and first is not None:
         raise first
     return made, skipped
+
+
+def _check_tokens(target: ModelFile, draft: ModelFile) -> None:
+    """Refuse a draft with other tokens before anything is exported: it would be accepted by chance alone.
+
+    Raises:
+        RecipeError: EW-800 names the first token that differs.
+        BadInput, Unsafe: what the guard refuses; EW-325 and EW-328, a tokenizer that cannot be read.
+    """
+    from edgewright.export.guard import check_model_directory
+    from edgewright.vocabulary import check_draft_table, token_table
+
+    for model in (target, draft):
+        if model.to == "hf":
+            check_model_directory(model.path)
+    check_draft_table(token_table(target.path), token_table(draft.path), draft.path)
 
 
 def combinations(wanted: Wanted, source: Source) -> Iterator[tuple[str, str]]:

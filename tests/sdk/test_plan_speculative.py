@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,8 @@ from typing import Any
 import pytest
 from families import save_byte_tokenizer
 
-from edgewright.errors import BadInput, EdgewrightError
-from edgewright.planner import speculative_plan
+from edgewright.errors import BadInput, EdgewrightError, RecipeError
+from edgewright.planner import speculative_files, speculative_plan
 from edgewright.planner.speculative import Costs, best_gamma, predict
 from edgewright.planner.speculative_files import TargetFile, Wanted
 from edgewright.planner.speculative_plan import plan_speculative
@@ -179,6 +180,22 @@ def test_a_draft_that_is_its_target_is_refused(tiny: Path) -> None:
     with pytest.raises(BadInput, match="no smaller") as caught:
         plan_speculative(Wanted(target=tiny, runtimes=("gguf",), quants=("q8_0",), draft=tiny), threads=1)
     assert caught.value.code == "EW-862"
+
+
+def test_a_draft_with_the_tokens_in_another_order_is_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logits have the target's width, and every token of it would be taken for another text."""
+    shutil.copytree(tiny, tmp_path / "draft")
+    tokenizer = json.loads((tmp_path / "draft/tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = (next(text for text, number in vocabulary.items() if number == wanted) for wanted in (70, 71))
+    vocabulary[one], vocabulary[other] = 71, 70
+    (tmp_path / "draft/tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    monkeypatch.setattr(speculative_files, "_exported", lambda *arguments: pytest.fail("it exports"))
+    with pytest.raises(RecipeError, match="token 70") as caught:
+        plan_speculative(Wanted(target=tiny, runtimes=("gguf",), quants=("q8_0",), draft=tmp_path / "draft"), threads=1)
+    assert caught.value.code == "EW-800"
 
 
 @pytest.mark.parametrize(
