@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from distill_runs import MEMBERS, Job, recipe
-from filelock import FileLock, Timeout
-from quality_run import Judge, commit_of, say
-from quality_runs import BUSY, Places
+from filelock import FileLock
+from quality_run import Judge, carry_out, commit_of, say
+from quality_runs import Places
 
 from edgewright.compress.cache import read_manifest
 from edgewright.data import Corpus, prepare_data
@@ -18,22 +18,13 @@ from edgewright.recipe import Recipe, load_recipe
 from edgewright.resume import check_same_recipe
 from edgewright.stage import StageResult
 from edgewright.stage_work import StageWork
-from edgewright.training import Interrupted, StopRequest
+from edgewright.training import StopRequest
 from edgewright.world import ALONE
 
 
 def run(job: Job, places: Places) -> int:
     """Carry out the stages and measure, or go on with them; the exit code."""
-    lock = FileLock(places.work / f"{job.name}.lock", timeout=0)
-    try:
-        with lock, StopRequest().installed() as stop:
-            write_json(places.result(job), measure(job, places, stop))
-    except Timeout:
-        return BUSY
-    except Interrupted as interrupted:
-        say(str(interrupted))
-        return interrupted.exit_code
-    return 0
+    return carry_out(job, places, lambda stop: measure(job, places, stop))
 
 
 def measure(job: Job, places: Places, stop: StopRequest) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from distill_run import stages
 from drafts_runs import SETS, Job, write_prompts
-from filelock import FileLock, Timeout
-from quality_run import commit_of, say
-from quality_runs import BUSY, Places
+from filelock import FileLock
+from quality_run import carry_out, commit_of, say
+from quality_runs import Places
 
 from edgewright.compress.acceptance import Acceptance, measure_acceptance, not_trained_on, read_written
 from edgewright.data import prepare_data
@@ -18,23 +18,14 @@ from edgewright.files import write_json
 from edgewright.machine import describe_machine
 from edgewright.recipe import load_recipe
 from edgewright.student import load_model
-from edgewright.training import Interrupted, StopRequest
+from edgewright.training import StopRequest
 
 DRAFTS = ("pretrained", "domain", "aligned", "aligned-greedy", "lora", "ternary", "int4")
 
 
 def run(job: Job, places: Places) -> int:
     """Carry out the stages and measure, or go on with them; the exit code."""
-    lock = FileLock(places.work / f"{job.name}.lock", timeout=0)
-    try:
-        with lock, StopRequest().installed() as stop:
-            write_json(places.result(job), measure(job, places, stop))
-    except Timeout:
-        return BUSY
-    except Interrupted as interrupted:
-        say(str(interrupted))
-        return interrupted.exit_code
-    return 0
+    return carry_out(job, places, lambda stop: measure(job, places, stop))
 
 
 def measure(job: Job, places: Places, stop: StopRequest) -> dict[str, Any]:

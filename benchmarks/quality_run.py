@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from common import ROOT
 from filelock import FileLock, Timeout
-from quality_runs import BUSY, SEQUENCE, File, Job, Places, Stage, recipe, row_named
+from quality_runs import BUSY, SEQUENCE, File, Job, Named, Places, Stage, recipe, row_named
 
 from edgewright import checkpoint
 from edgewright.data import Corpus, iterate_documents, prepare_data
@@ -31,11 +31,16 @@ CALIBRATION_DOCUMENT = 8_000
 
 def run(job: Job, places: Places) -> int:
     """Train and measure, or go on with it; the exit code."""
+    return carry_out(job, places, lambda stop: measure(job, places, stop))
+
+
+def carry_out(job: Named, places: Places, measured: Callable[[StopRequest], dict[str, Any]]) -> int:
+    """Write the result of a run, unless another process is at it or it is stopped; the exit code."""
     places.work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(places.work / f"{job.name}.lock", timeout=0)
     try:
         with lock, StopRequest().installed() as stop:
-            write_json(places.result(job), measure(job, places, stop))
+            write_json(places.result(job), measured(stop))
     except Timeout:
         return BUSY
     except Interrupted as interrupted:

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, header
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from quality import data_section
 from quality_plot import Point, draw
-from quality_run import Judge, commit_of, say
+from quality_run import Judge, carry_out, commit_of, say
 from starts_runs import BUSY, ROWS, SCALES, SHARES, Job, Places, Scale, jobs, recipe, row_named, tried
 
 from edgewright.compress.elastic import save_sub_network, sizes_of
@@ -41,24 +41,14 @@ from edgewright.export.targets import export
 from edgewright.files import write_json, write_text
 from edgewright.recipe import load_recipe
 from edgewright.stage import StageResult, train_stage
-from edgewright.training import Interrupted, StopRequest
+from edgewright.training import StopRequest
 
 Result = dict[str, Any]
 
 
 def run(job: Job, places: Places) -> int:
     """Train and measure, or go on with it; the exit code."""
-    places.work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(places.work / f"{job.name}.lock", timeout=0)
-    try:
-        with lock, StopRequest().installed() as stop:
-            write_json(places.result(job), measure(job, places, stop))
-    except Timeout:
-        return BUSY
-    except Interrupted as interrupted:
-        say(str(interrupted))
-        return interrupted.exit_code
-    return 0
+    return carry_out(job, places, lambda stop: measure(job, places, stop))
 
 
 def measure(job: Job, places: Places, stop: StopRequest) -> Result:
