@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SECONDS_TO_FAIL_TOGETHER = 5.0
 """How long a process that failed waits for the main one to have failed as well, and to have said why."""
+SECONDS_TO_GIVE_BACK = 0.05
+"""How long Python's lock is left to the threads that made the last exchanges."""
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For a single exchange; waiting for the main process's own work has no limit."""
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
@@ -210,11 +212,21 @@ def connected() -> Iterator[World]:
     world = Processes(store, rank, size)
     try:
         yield world
-        world.any(False)  # none leaves before all are done
+        _part(world)
     except BaseException as error:
         world.leave(error)
     finally:
         dist.destroy_process_group()
+
+
+def _part(world: World) -> None:
+    """None leaves before all are done, nor while a thread of gloo's still has to give back an exchange's tensor.
+
+    Those threads end with the group, which DTensor's caches hold for good; one that wants Python's lock for a tensor
+    once Python has begun to end aborts the process (pytorch pull request 179291). Left free for a moment, it gets it.
+    """
+    world.any(False)
+    time.sleep(SECONDS_TO_GIVE_BACK)
 
 
 def _take_device(number: int) -> None:
