@@ -11,12 +11,7 @@ These are the exact expectations for the first draft token of a round, no draws:
 is its acceptance at the first position. The first two are over documents written at a temperature above 0, `agreement`
 over greedy ones; where there are none, over all documents, at temperature 1.
 
-`draft.json` beside a finished draft, read by whoever ships it:
-
-    {"schema_version": 1, "target_sha256": of the target's weights as `export.weight_hash.weights_sha256`,
-     "runtime": that it was aligned for, "do_sample": ..., "acceptance_sampled": ..., "acceptance_greedy": ...,
-     "agreement": ..., "tokens": ..., "documents": ..., "trained_on": held-out documents left out for that reason,
-     "by_text": {"STAGE": {"acceptance_sampled", "acceptance_greedy", "agreement", "tokens", "documents"}}}
+`draft_record.py` says how they are kept beside the draft.
 """
 
 from __future__ import annotations
@@ -30,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edgewright.compress.draft_record import DRAFT, PROMPT_TOKENS, PROMPTS
 from edgewright.errors import BadInput
 from edgewright.files import write_json
 
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
 
     from edgewright.compress.align import AlignConfig
 
-DRAFT = "draft.json"
 ROWS = 64
 """Positions whose whole distributions are in memory at once."""
 
@@ -210,6 +205,7 @@ def write_draft_json(
         "runtime": config.runtime,
         "do_sample": config.do_sample,
         **measure_acceptance(draft, judge, every, start_id).to_json(),
+        "prompts": _prompts(every),
         "trained_on": sum(len(read_written(earlier[name])) for name in kept) - len(every),
         "by_text": {
             name: measure_acceptance(draft, judge, documents, start_id).to_json() for name, documents in kept.items()
@@ -217,6 +213,14 @@ def write_draft_json(
     }
     write_json(model / DRAFT, found)
     return found
+
+
+def _prompts(documents: Sequence[Written]) -> list[list[int]]:
+    """Prompts of documents that the target wrote greedily, taken from all of them evenly."""
+    found = [d.ids[: len(d.ids) - d.new] for d in documents if d.temperature == 0 and 0 < d.new < len(d.ids)]
+    different = list(dict.fromkeys(found))
+    step = max(1, len(different) // PROMPTS)
+    return [list(prompt[-PROMPT_TOKENS:]) for prompt in different[::step][:PROMPTS]]
 
 
 def summary(found: dict[str, Any]) -> str:

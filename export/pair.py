@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.compress.draft_record import DraftRecord, read_draft_record
 from edgewright.errors import GateFailed
 from edgewright.export.artifact import Artifact, settled_hash_of, size_of, write_entry
 from edgewright.export.onnx.decoder import has_windows
-from edgewright.export.pairs.bundle import KIND, Bundle, bundle_of
-from edgewright.export.pairs.certify import Certificate, acceptance_of, built_in_prompts, certify
+from edgewright.export.pairs.bundle import KIND, Bundle, bundle_of, damaged
+from edgewright.export.pairs.certify import Certificate, Expected, built_in_prompts, certify, counts_of
 from edgewright.export.pairs.launch import Launch, write_launch
 from edgewright.export.pairs.layout import layout_of
 from edgewright.export.pairs.options import PairOptions
@@ -30,14 +31,14 @@ from edgewright.export.runtimes.torch_session import TorchSession
 from edgewright.export.source import Source, load_source
 from edgewright.export.staging import folder, staged, swap
 from edgewright.export.targets import Made, check_runtime, check_target, make, occupied, replaceable
+from edgewright.export.weight_hash import weights_sha256
 from edgewright.files import disk_errors
 
 if TYPE_CHECKING:
     from edgewright.export.parity import Parity
-    from edgewright.export.runtimes.pair import PairSession
 
 MAX_PROMPTS = 16
-"""Prompts of a user that are decoded, the first ones."""
+"""Prompts of a user that are decoded, the first ones; of training's there are no more."""
 MAX_PROMPT_TOKENS = 256
 """The end of a longer prompt is what is decoded from."""
 
@@ -94,21 +95,17 @@ def export_pair(
             say("decoding with the pair")
             bundle = bundle_of(place)
             assert bundle is not None
-            certificate = certify_bundle(bundle, target, draft, prompts=options.prompts, threads=threads)
+            bundle = replace(bundle, prompts=_prompts(bundle, target, draft, options.prompts, threads))
+            certificate = certify_bundle(bundle, target, draft, threads=threads)
             _refuse_failed(certificate, target)
-            entry |= {"pair": certificate.to_json(), "gate": certificate.gate}
+            entry |= {"prompts": bundle.prompts, "pair": certificate.to_json(), "gate": certificate.gate}
             write_entry(place, entry)
         swap(place, out)
     return _artifact(out, entry, halves)
 
 
 def certify_bundle(
-    bundle: Bundle,
-    target: Source | None = None,
-    draft: Source | None = None,
-    *,
-    prompts: Sequence[Path] = (),
-    threads: int | None = None,
+    bundle: Bundle, target: Source | None = None, draft: Source | None = None, *, threads: int | None = None
 ) -> Certificate:
     """Decode with a bundle, and judge it.
 
@@ -116,44 +113,70 @@ def certify_bundle(
         bundle: as it lies on the disk.
         target, draft: the checkpoints, whose own acceptance the bundle's is held against; without both it is what the
             manifest says of them.
-        prompts: as `PairOptions.prompts`.
         threads: of the runtime.
 
     Raises:
-        BadInput: what opening it raises; EW-832, no prompt fits.
+        BadInput: what opening it raises; EW-829, its prompts are not of its tokens; EW-832, no prompt fits.
     """
     with open_pair(bundle, threads=threads) as session:
-        found = _prompts(session, prompts)
-    expected = _expected(target, draft, found, bundle, threads)
+        prompts = [list(prompt) for prompt in bundle.prompts] or built_in_prompts(session)
+        unknown = [token for prompt in prompts for token in prompt if token >= session.vocab_size]
+        if unknown:
+            raise damaged(bundle.path, f"token {unknown[0]} in prompts, of {session.vocab_size:,} tokens")
+    expected = _expected(target, draft, prompts, bundle, threads)
     peak = peak_memory_of(bundle.path, threads=threads)
     ratio = size_of(bundle.draft) / size_of(bundle.target)
     with open_pair(bundle, threads=threads) as session:
-        return certify(session, found, cost_ratio=ratio, checkpoint_acceptance=expected, peak_memory=peak)
+        return certify(session, prompts, cost_ratio=ratio, expected=expected, peak_memory=peak)
 
 
-def _prompts(session: PairSession, files: Sequence[Path]) -> list[list[int]]:
-    if not files:
-        return built_in_prompts(session)
+def _prompts(
+    bundle: Bundle, target: Source, draft: Source, files: Sequence[Path], threads: int | None
+) -> tuple[tuple[int, ...], ...]:
+    """What to certify a pair on: the user's prompts, or what the draft's acceptance was measured on in training; none
+    for the built-in ones."""
     from edgewright.speculative.prompts import read_prompts
 
-    split = [session.tokenize(prompt.text) for prompt in islice(read_prompts(files), MAX_PROMPTS)]
-    return [[session.start_id, *tokens[-MAX_PROMPT_TOKENS:]] for tokens in split]
+    record = _record(target, draft)
+    with open_pair(bundle, threads=threads) as session:
+        if files:
+            found = [session.tokenize(prompt.text) for prompt in islice(read_prompts(files), MAX_PROMPTS)]
+        else:
+            found = [list(prompt) for prompt in record.prompts] if record else []
+        return tuple((session.start_id, *tokens[-MAX_PROMPT_TOKENS:]) for tokens in found)
+
+
+def _record(target: Source, draft: Source) -> DraftRecord | None:
+    """What the draft's `draft.json` says, if it was aligned to this very target."""
+    record = read_draft_record(draft.directory)
+    return record if record and record.target_sha256 == weights_sha256(target.directory) else None
 
 
 def _expected(
     target: Source | None, draft: Source | None, prompts: list[list[int]], bundle: Bundle, threads: int | None
-) -> float | None:
-    """The acceptance of the checkpoints in float32, in the loop of `edgewright.speculative`."""
+) -> Expected:
+    """What the checkpoints do in float32, in the loop of `edgewright.speculative`, and what they did in training."""
     if target is None or draft is None:
         known = bundle.entry.get("pair")
-        rate = known.get("checkpoint_acceptance") if isinstance(known, dict) else None
-        return rate if isinstance(rate, float) else None
+        rates = known if isinstance(known, dict) else {}
+        return Expected(**{each.name: _rate(rates.get(each.name)) for each in fields(Expected)})
+    record = _record(target, draft) if bundle.prompts else None
     with ExitStack() as stack:
         large, small = (
             stack.enter_context(TorchSession(source.directory, threads=threads, source=source))
             for source in (target, draft)
         )
-        return acceptance_of(large, small, prompts, bundle.gamma)
+        counts = counts_of(large, small, prompts, bundle.gamma)
+    return Expected(
+        checkpoint_acceptance=counts.acceptance_rate,
+        checkpoint_agreement=counts.agreement,
+        trained_agreement=record.agreement if record else None,
+    )
+
+
+def _rate(found: Any) -> float | None:
+    """A rate out of a manifest."""
+    return found if isinstance(found, float) else None
 
 
 def _refuse_failed(certificate: Certificate, target: Source) -> None:

@@ -110,14 +110,19 @@ def _pair_lines(pair: dict[str, Any] | None) -> list[str]:
     """What a target and its draft did together; nothing where that was not measured."""
     if pair is None or "acceptance_rate" not in pair:
         return []
-    known = pair["checkpoint_acceptance"]
+    known, trained = pair["checkpoint_acceptance"], pair["trained_agreement"]
     beside = "" if known is None else f" ({say.share(known)} with the checkpoints)"
+    agreement = (
+        f"pair: on these prompts the checkpoints agree on {say.share(pair['checkpoint_agreement'])} of the tokens, "
+        f"at the end of training on {say.share(trained)}"
+    )
     return [
         f"pair: gamma {pair['gamma']}, {say.share(pair['acceptance_rate'])} of the drafted tokens accepted{beside}, "
         f"{say.small(pair['block_efficiency'])} tokens per pass of the target",
         f"pair: {pair['tokens_per_s']:,.0f} tokens/s, {pair['plain_tokens_per_s']:,.0f} without the draft "
         f"({pair['speedup']:.2f} times as fast), tokens identical after {say.share(pair['token_identity'])} of "
         f"{pair['prompts']} prompts, peak memory {say.size(pair['peak_memory'])}",
+        *([] if trained is None else [agreement]),
     ]
 
 

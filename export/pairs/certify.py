@@ -30,7 +30,7 @@ NEW_TOKENS = 48
 PIECES = 3
 """Prompts from each of the gate's texts."""
 ALARM = 0.1
-"""By what share the acceptance of the files may differ from that of the checkpoints."""
+"""By what share the acceptance of the files may differ from that of the checkpoints, and theirs from training's."""
 ERRORS = 2.0
 """And by how many standard errors: a few hundred tokens tell a low acceptance badly."""
 
@@ -68,8 +68,12 @@ class Certificate:
     """The most bytes that a process of its own had in memory while it decoded with the pair."""
     checkpoint_acceptance: float | None
     """The acceptance of both checkpoints in float32, same prompts and gamma."""
+    checkpoint_agreement: float | None
+    """Of the drafted tokens that the target looked at there, the share it accepted."""
+    trained_agreement: float | None
+    """The same at the end of training, as `draft.json` tells it; it holds the prompts, too."""
     alarm: bool
-    """The two acceptances differ by more than 10 %, and by more than chance explains."""
+    """The two acceptances, or the two agreements, differ by more than 10 %, and by more than chance explains."""
     gate: Literal["passed", "failed"]
     reasons: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -79,12 +83,21 @@ class Certificate:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What a pair is held against: rates as in `Certificate`. What is not known raises no alarm."""
+
+    checkpoint_acceptance: float | None = None
+    checkpoint_agreement: float | None = None
+    trained_agreement: float | None = None
+
+
 def certify(
     pair: PairSession,
     prompts: Sequence[Sequence[int]],
     *,
     cost_ratio: float,
-    checkpoint_acceptance: float | None,
+    expected: Expected,
     peak_memory: int | None,
     new_tokens: int = NEW_TOKENS,
 ) -> Certificate:
@@ -94,7 +107,7 @@ def certify(
         pair: open in its runtime.
         prompts: each at least one token; such that do not fit are left out.
         cost_ratio: bytes of the draft over bytes of the target.
-        checkpoint_acceptance: what to hold the acceptance against; None raises no alarm.
+        expected: what to hold the acceptance against.
         peak_memory: measured elsewhere (`peak.py`).
         new_tokens: that follow each prompt, at most.
 
@@ -116,7 +129,7 @@ def certify(
     counts = sum((turn.counts for turn in turns), Counts())
     different = [turn for turn in turns if turn.plain != turn.drafted]
     divergences = [judged(pair.target, turn.prompt, turn.plain, turn.drafted, pair.gamma) for turn in different]
-    warnings = _warnings(counts, turns, checkpoint_acceptance)
+    alarms = _alarms(counts, expected)
     reasons = _reasons(counts, divergences)
     return Certificate(
         gamma=pair.gamma,
@@ -134,11 +147,11 @@ def certify(
         token_identity=1 - len(different) / len(turns),
         divergences=divergences,
         peak_memory=peak_memory,
-        checkpoint_acceptance=checkpoint_acceptance,
-        alarm=_alarms(counts, checkpoint_acceptance),
+        **asdict(expected),
+        alarm=bool(alarms),
         gate="failed" if reasons else "passed",
         reasons=reasons,
-        warnings=warnings,
+        warnings=[*alarms, *_warnings(counts, turns)],
     )
 
 
@@ -153,8 +166,8 @@ def built_in_prompts(session: Session) -> list[list[int]]:
     return found
 
 
-def acceptance_of(target: Session, draft: Session, prompts: Sequence[Sequence[int]], gamma: int) -> float | None:
-    """The acceptance rate of two checkpoints, decoding greedily as `certify` does."""
+def counts_of(target: Session, draft: Session, prompts: Sequence[Sequence[int]], gamma: int) -> Counts:
+    """What two checkpoints do together, decoding greedily as `certify` does."""
     from edgewright.speculative import DraftModel, Sampler, decode
 
     sampler, counts = Sampler(temperature=0.0), Counts()
@@ -164,7 +177,7 @@ def acceptance_of(target: Session, draft: Session, prompts: Sequence[Sequence[in
             counts += decode(
                 target, proposer, prompt, max_new_tokens=NEW_TOKENS, gamma=gamma, sampler=sampler, stop_at_eos=True
             ).counts
-    return counts.acceptance_rate
+    return counts
 
 
 # ---------------------------------------------------------------- one prompt
@@ -225,15 +238,9 @@ def _reasons(counts: Counts, divergences: Sequence[Divergence]) -> list[str]:
     return reasons
 
 
-def _warnings(counts: Counts, turns: Sequence[_Turn], expected: float | None) -> list[str]:
+def _warnings(counts: Counts, turns: Sequence[_Turn]) -> list[str]:
     warnings = []
-    rate = counts.acceptance_rate
-    if rate is not None and expected is not None and _alarms(counts, expected):
-        warnings.append(
-            f"ALARM: in this runtime {rate:.1%} of the drafted tokens are accepted, with the checkpoints in float32 "
-            f"{expected:.1%}: quantization or the runtime changes who agrees with whom"
-        )
-    if rate == 0:
+    if counts.acceptance_rate == 0:
         warnings.append("no drafted token was accepted: this draft only costs")
     speedup = _speedup(turns)
     if speedup < 1:
@@ -241,10 +248,26 @@ def _warnings(counts: Counts, turns: Sequence[_Turn], expected: float | None) ->
     return warnings
 
 
-def _alarms(counts: Counts, expected: float | None) -> bool:
-    """Whether the acceptance differs by more than 10 %, and by more than so few drafted tokens do by chance."""
-    rate = counts.acceptance_rate
+def _alarms(counts: Counts, expected: Expected) -> list[str]:
+    """What became of the acceptance from training to the checkpoints, and from them to the files, where it changed."""
+    alarms = []
+    if differs(counts.acceptance_rate, expected.checkpoint_acceptance, counts.drafted):
+        alarms.append(
+            f"ALARM: in this runtime {counts.acceptance_rate:.1%} of the drafted tokens are accepted, with the "
+            f"checkpoints in float32 {expected.checkpoint_acceptance:.1%}: quantization or the runtime changes who "
+            "agrees with whom"
+        )
+    if differs(expected.checkpoint_agreement, expected.trained_agreement, counts.tokens):
+        alarms.append(
+            f"ALARM: on these prompts draft and target agree on {expected.checkpoint_agreement:.1%} of the tokens, at "
+            f"the end of training it was {expected.trained_agreement:.1%}: these are other texts, or other models"
+        )
+    return alarms
+
+
+def differs(rate: float | None, expected: float | None, tokens: int) -> bool:
+    """Whether two rates differ by more than 10 %, and by more than so few tokens do by chance."""
     if rate is None or expected is None or not isfinite(expected):
         return False
-    chance = sqrt(2 * expected * (1 - expected) / counts.drafted)  # both were counted over about as many tokens
+    chance = sqrt(2 * expected * (1 - expected) / tokens)  # both were counted over about as many tokens
     return abs(rate - expected) > max(ALARM * expected, ERRORS * chance)

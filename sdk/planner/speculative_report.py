@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgewright.errors import BadInput
+from edgewright.compress.draft_record import read_draft_record
 from edgewright.planner.speculative import (
     HIGH,
     LOW,
@@ -267,22 +266,8 @@ def acceptance_of(draft: Path) -> tuple[float, ...]:
     Raises:
         BadInput: EW-864, it says what cannot be.
     """
-    path = draft / "draft.json"
-    if not path.is_file():
-        return ()
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-        agreement = record["agreement"]
-        if agreement is None:
-            return ()
-        if not 0 <= float(agreement) <= 1:
-            raise ValueError(agreement)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            "EW-864", "draft.json does not tell the acceptance of this draft", where=path,
-            expected="agreement, from 0 to 1", found=error, fix="give --acceptance, or train the draft again",
-        ) from None  # fmt: skip
-    return (float(agreement),)
+    record = read_draft_record(draft)
+    return () if record is None or record.agreement is None else (record.agreement,)
 
 
 def _range(values: np.ndarray) -> list[float]:

@@ -68,6 +68,12 @@ class Counts:
         return self.accepted / self.drafted if self.drafted else None
 
     @property
+    def agreement(self) -> float | None:
+        """Share accepted of the drafted tokens that the target looked at, 0 to 1: those behind a rejected one do not
+        count. None where positions are not told."""
+        return sum(self.kept) / sum(self.tried) if sum(self.tried) else None
+
+    @property
     def block_efficiency(self) -> float | None:
         """tau: new tokens per pass of the target, at most gamma + 1. None without a round."""
         return self.tokens / self.rounds if self.rounds else None

@@ -16,6 +16,7 @@ import edgewright
 from edgewright.compress.acceptance import Written, measure_acceptance, not_trained_on, rates, read_written
 from edgewright.compress.align import RUNTIMES, AlignConfig
 from edgewright.compress.draft import DraftStudentConfig, count
+from edgewright.compress.draft_record import read_draft_record
 from edgewright.compress.draft_shape import DraftShape
 from edgewright.data import prepare_data
 from edgewright.errors import RecipeError, RecipeErrors
@@ -261,6 +262,10 @@ def test_three_stages_leave_a_draft_of_the_very_tokens_and_its_acceptance(finish
     kept = not_trained_on(read_written(stages / "proof/corpus"), read_written(stages / "answers/corpus"))
     loaded = load_recipe(folder / "tiny.yaml")
     corpus = prepare_data(loaded.data, folder / "run/data", say=lambda _: None)
+    greedy = [d for d in kept if d.temperature == 0 and d.new < len(d.ids)]
+    assert greedy and found["prompts"] == [list(d.ids[: len(d.ids) - d.new]) for d in greedy]
+    record = read_draft_record(stages / "draft/model")
+    assert record is not None and [list(prompt) for prompt in record.prompts] == found["prompts"]
     again = measure_acceptance(draft.eval(), target.eval(), kept, corpus.start_id)
     assert found["acceptance_sampled"] == pytest.approx(again.sampled, abs=1e-6)
     assert 0 < found["acceptance_greedy"] <= 1 and found["by_text"]["proof"]["tokens"] == found["tokens"] > 0

@@ -20,6 +20,7 @@ from edgewright.export.pairs import certify as certifying
 from edgewright.export.parity import verify
 from edgewright.export.runtimes import open_session
 from edgewright.export.runtimes.pair import PairSession
+from edgewright.export.weight_hash import weights_sha256
 from edgewright.generate import generate
 from edgewright.speculative.counts import Counts
 
@@ -155,6 +156,34 @@ def test_a_bundle_is_verified_again(bundle: Callable[[str], Artifact], target: P
     assert found.pair["acceptance_rate"] == bundle("gguf").pair["acceptance_rate"]  # type: ignore[index]
 
 
+def test_training_prompts_and_agreement_are_what_a_pair_is_held_against(
+    target: Path, draft: Path, tmp_path: Path
+) -> None:
+    """draft.json's prompts are decoded, kept in the manifest and decoded again; another agreement there is an alarm."""
+    trained = Path(shutil.copytree(draft, tmp_path / "draft"))
+    prompts = [[5, 6, 7, 8], [9, 10, 11], [12]]
+
+    def pair(agreement: float, sha256: str) -> dict[str, Any]:
+        record = {"agreement": agreement, "target_sha256": sha256, "prompts": prompts}
+        (trained / "draft.json").write_text(json.dumps(record))
+        made = export(target, to="gguf", quant="f32", out=tmp_path / "pair", draft=trained, threads=1)
+        assert made.pair is not None
+        return made.pair
+
+    other = pair(0.5, "of another target")
+    assert other["trained_agreement"] is None and not other["alarm"] and other["prompts"] > len(prompts)
+    far = pair(0.5, weights_sha256(target))
+    assert far["prompts"] == len(prompts) and far["trained_agreement"] == 0.5
+    assert far["alarm"] and any("at the end of training" in note for note in far["warnings"])
+    near = pair(far["checkpoint_agreement"], weights_sha256(target))
+    assert not near["alarm"] and 0 < near["checkpoint_agreement"] < 1
+    entry = read_entry(tmp_path / "pair")
+    assert entry is not None and [prompt[1:] for prompt in entry["prompts"]] == prompts
+    again = verify(tmp_path / "pair", against=target, threads=1).pair
+    assert again is not None and again["prompts"] == len(prompts)
+    assert again["trained_agreement"] == near["trained_agreement"] and not again["alarm"]
+
+
 def test_a_draft_that_was_exchanged_is_found(
     bundle: Callable[[str], Artifact], target: Path, draft: Path, tmp_path: Path
 ) -> None:
@@ -205,7 +234,8 @@ def test_a_runtime_that_never_drafts_fails(bundle: Callable[[str], Artifact], mo
     with open_session(path, threads=1) as session:
         assert isinstance(session, PairSession)
         prompts = certifying.built_in_prompts(session)[:2]
-        found = certifying.certify(session, prompts, cost_ratio=0.5, checkpoint_acceptance=0.5, peak_memory=None)
+        expected = certifying.Expected(checkpoint_acceptance=0.5)
+        found = certifying.certify(session, prompts, cost_ratio=0.5, expected=expected, peak_memory=None)
     assert found.gate == "failed" and "never drafted" in found.reasons[0]
 
 
@@ -214,13 +244,19 @@ def test_another_acceptance_than_the_checkpoints_raises_the_alarm(bundle: Callab
         assert isinstance(session, PairSession)
         prompts = certifying.built_in_prompts(session)[:3]
         measure = {"cost_ratio": 0.5, "peak_memory": None}
-        rate = certifying.certify(session, prompts, checkpoint_acceptance=None, **measure).acceptance_rate  # type: ignore[arg-type]
+        unknown = certifying.Expected()
+        rate = certifying.certify(session, prompts, expected=unknown, **measure).acceptance_rate  # type: ignore[arg-type]
         assert rate is not None
-        near, far = (
-            certifying.certify(session, prompts, checkpoint_acceptance=rate / factor, **measure)  # type: ignore[arg-type]
-            for factor in (1.09, 1.11)
+        near, far, elsewhere = (
+            certifying.certify(session, prompts, expected=expected, **measure)  # type: ignore[arg-type]
+            for expected in (
+                certifying.Expected(checkpoint_acceptance=rate / 1.09),
+                certifying.Expected(checkpoint_acceptance=rate / 1.11),
+                certifying.Expected(checkpoint_acceptance=rate, checkpoint_agreement=0.3, trained_agreement=0.6),
+            )
         )
     assert not near.alarm and far.alarm, "few drafted tokens tell an acceptance near 1 well"
+    assert elsewhere.alarm and "at the end of training it was 60.0%" in elsewhere.warnings[0]
     assert any("ALARM" in warning for warning in far.warnings) and far.gate == "passed"
 
 
@@ -229,8 +265,7 @@ def test_another_acceptance_than_the_checkpoints_raises_the_alarm(bundle: Callab
     [(29, 400, 0.0551, False), (290, 4000, 0.0551, True), (222, 400, 0.5, False), (2220, 4000, 0.5, True)],
 )
 def test_chance_raises_no_alarm(accepted: int, drafted: int, expected: float, alarm: bool) -> None:
-    counts = Counts(drafted=drafted, accepted=accepted, rounds=drafted // 4)
-    assert certifying._alarms(counts, expected) is alarm
+    assert certifying.differs(accepted / drafted, expected, drafted) is alarm
 
 
 # ---------------------------------------------------------------- bundles from elsewhere
@@ -284,6 +319,12 @@ def climbing(place: Path) -> None:
     (place / "genai_config.json").write_text(json.dumps(content))
 
 
+def foreign_prompts(place: Path) -> None:
+    manifest = json.loads((place / "edgewright.json").read_text())
+    manifest["artifacts"]["."]["prompts"] = [[-1]]
+    (place / "edgewright.json").write_text(json.dumps(manifest))
+
+
 def no_gamma(place: Path) -> None:
     manifest = json.loads((place / "edgewright.json").read_text())
     del manifest["artifacts"]["."]["gamma"]
@@ -301,6 +342,7 @@ def no_gamma(place: Path) -> None:
         (many_drafts, BadInput, "EW-828"),
         (climbing, Unsafe, "EW-331"),
         (no_gamma, BadInput, "EW-829"),
+        (foreign_prompts, BadInput, "EW-829"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

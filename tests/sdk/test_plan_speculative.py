@@ -117,7 +117,7 @@ def test_what_draft_json_says(tmp_path: Path) -> None:
     assert acceptance_of(tmp_path) == (0.62,)
     (tmp_path / "draft.json").write_text(json.dumps({"agreement": None}))
     assert acceptance_of(tmp_path) == ()
-    for wrong in ('{"agreement": 62}', "{}", "no", "[]"):
+    for wrong in ('{"agreement": 62}', '{"agreement": 0.5, "prompts": [["a"]]}', "{}", "no", "[]"):
         (tmp_path / "draft.json").write_text(wrong)
         with pytest.raises(BadInput) as caught:
             acceptance_of(tmp_path)
