@@ -387,6 +387,10 @@ ROWS = (
         factors=(4.0, 10.0)),
     Row(name="apollo-mini-front", what="dense, APOLLO-Mini, scaled before the limiter", stages=plain(),
         optimizer={"type": "apollo_mini", "scale_front": True}, rate_of="apollo"),
+    Row(name="gradnorm-lorp", what="dense, GradNormLoRP", stages=plain(), optimizer={"type": "gradnorm_lorp"},
+        factors=(4.0, 10.0, 20.0, 40.0)),
+    Row(name="gradnorm-lorp-whole", what="dense, GradNormLoRP, the direction's step not scaled", stages=plain(),
+        optimizer={"type": "gradnorm_lorp", "scale": 1.0}, factors=(4.0, 10.0)),
     *(
         Row(
             name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=factors,
@@ -394,7 +398,6 @@ ROWS = (
         )
         for name, what, factors in (
             ("apollo-mini", "dense, APOLLO-Mini", ()),
-            ("gradnorm-lorp", "dense, GradNormLoRP", ()),
             ("galore", "dense, GaLore", (10.0,)),
             ("fira", "dense, Fira", (10.0,)),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,15 +154,34 @@ def check_draft(target: Session, draft: Session) -> list[str]:
 
 def check_draft_table(target: Sequence[str | None], draft: Sequence[str | None], where: Path) -> list[str]:
     """Compare two tables of tokens (`token_table`); `where` is the draft. Result and errors as `check_draft`."""
-    ours, theirs = _without_padding(target), _without_padding(draft)
-    common = min(len(ours), len(theirs))
-    for token, (left, right) in enumerate(zip(ours[:common], theirs[:common], strict=True)):
-        if left != right:
-            raise _other_tokens(where, f"token {token}", _quoted(left), _quoted(right))
-    if len(theirs) > common:
-        return [f"the draft has {len(theirs) - common:,} tokens beyond the target's, which it can only propose in vain"]
-    if len(ours) > common:
-        return [f"the target has {len(ours) - common:,} tokens beyond the draft's, behind which it is silent"]
+    other = first_other_token(target, draft)
+    if other is not None:
+        raise _other_tokens(where, f"token {other.id}", quoted(other.target), quoted(other.draft))
+    return tokens_beyond(target, draft)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherToken:
+    """An id behind which target and draft have other texts; None is no token."""
+
+    id: int
+    target: str | None
+    draft: str | None
+
+
+def first_other_token(target: Sequence[str | None], draft: Sequence[str | None]) -> OtherToken | None:
+    """The first such id, of two tables of tokens; where one of them ends, the other may go on."""
+    both = zip(_without_padding(target), _without_padding(draft), strict=False)
+    return next((OtherToken(token, ours, theirs) for token, (ours, theirs) in enumerate(both) if ours != theirs), None)
+
+
+def tokens_beyond(target: Sequence[str | None], draft: Sequence[str | None]) -> list[str]:
+    """In words, what one of two tables has beyond the end of the other."""
+    ours, theirs = (len(_without_padding(table)) for table in (target, draft))
+    if theirs > ours:
+        return [f"the draft has {theirs - ours:,} tokens beyond the target's, which it can only propose in vain"]
+    if ours > theirs:
+        return [f"the target has {ours - theirs:,} tokens beyond the draft's, which it can neither propose nor read"]
     return []
 
 
@@ -173,8 +193,9 @@ def _without_padding(table: Sequence[str | None]) -> Sequence[str | None]:
     return table[:length]
 
 
-def _quoted(text: str | None) -> str:
-    return "no token" if text is None else repr(text)
+def quoted(text: str | None) -> str:
+    """A token's text for a message."""
+    return "no token" if text is None else ascii(text)
 
 
 def _other_tokens(where: Path, what: str, ours: object, theirs: object) -> RecipeError:

@@ -16,6 +16,7 @@ from edgewright.export.genai.config import special_tokens
 from edgewright.export.genai.pair import MAX_DRAFT_TOKENS
 from edgewright.export.onnx.decoder import has_windows
 from edgewright.export.source import Source, open_tokenizer
+from edgewright.vocabulary import first_other_token, quoted, token_table, tokens_beyond
 
 READABLE_CACHES = frozenset({"full_attention", "sliding_attention"})
 """The kinds of layers whose cache can be cut back at all; a recurrent state cannot."""
@@ -125,38 +126,18 @@ def _sizes(rules: Rules, target: Source, draft: Source) -> list[str]:
 
 def _tokens(rules: Rules, target: Source, draft: Source) -> list[str]:
     """The same text behind every id that both have."""
-    ours, theirs = texts(target), texts(draft)
-    for token in sorted(ours.keys() & theirs.keys()):
-        if ours[token] != theirs[token]:
-            raise _other_token(rules, draft, token, ours[token], theirs[token])
-    last = min(max(ours, default=-1), max(theirs, default=-1))
-    for token in sorted(ours.keys() ^ theirs.keys()):
-        if token < last:
-            raise _other_token(rules, draft, token, ours.get(token), theirs.get(token))
-    more = len(theirs) - len(ours)
-    if more > 0:
-        return [f"the draft knows {more:,} tokens beyond the target's, which it can only propose in vain"]
-    return [f"the draft lacks the target's last {-more:,} tokens, and never proposes them"] if more else []
-
-
-def texts(source: Source) -> dict[int, str]:
-    """The texts of a checkpoint's tokens by id, as its tokenizer spells them; ids that only pad are left out."""
-    return {token: text for text, token in open_tokenizer(source.directory).get_vocab(with_added_tokens=True).items()}
-
-
-def _other_token(rules: Rules, draft: Source, token: int, ours: str | None, theirs: str | None) -> RecipeError:
-    return RecipeError(
-        "EW-823",
-        f"target and draft have other tokens: {rules.runtime} would take the draft's {token} for another text",
-        where=draft.directory.absolute(),
-        expected=f"token {token} is {_quoted(ours)}, as in the target",
-        found=_quoted(theirs),
-        fix="take a draft that was trained with the target's own tokenizer",
-    )
-
-
-def _quoted(text: str | None) -> str:
-    return "no token" if text is None else ascii(text)
+    ours, theirs = (token_table(source.directory) for source in (target, draft))
+    other = first_other_token(ours, theirs)
+    if other is not None:
+        raise RecipeError(
+            "EW-823",
+            f"target and draft have other tokens: {rules.runtime} would take the draft's {other.id} for another text",
+            where=draft.directory.absolute(),
+            expected=f"token {other.id} is {quoted(other.target)}, as in the target",
+            found=quoted(other.draft),
+            fix="take a draft that was trained with the target's own tokenizer",
+        )
+    return tokens_beyond(ours, theirs)
 
 
 def _special(rules: Rules, target: Source, draft: Source) -> list[str]:

@@ -223,7 +223,7 @@ def test_another_vocabulary_is_refused_with_the_first_token(
 def test_padding_and_further_tokens_are_noted(pair: Bench, files: Path) -> None:
     pair.words["draft"] = [*WORDS[:50], *[None] * 10]
     found = speculate("target", "draft", prompts=files / "code.txt", max_new_tokens=5)
-    assert found.notes == ("the target has 10 tokens beyond the draft's, behind which it is silent",)
+    assert found.notes == ("the target has 10 tokens beyond the draft's, which it can neither propose nor read",)
     pair.words["draft"], pair.words["target"] = [*WORDS, None], [*WORDS[:55]]
     found = speculate("target", "draft", prompts=files / "code.txt", max_new_tokens=5)
     assert found.notes == ("the draft has 5 tokens beyond the target's, which it can only propose in vain",)
