@@ -58,7 +58,7 @@ class TargetFile:
         to, quant, embedding_quant: target and widths; None where a file has no manifest.
         bytes: size.
         read: bytes of weights and cache that a step reads, by counting; None where that is not known.
-        config: the architecture; of a GGUF file a Llama of its sizes.
+        config: the architecture; of a GGUF file a Llama of its sizes; None where a folder does not keep it (GenAI's).
         drafts: the first is measured at every length.
     """
 
@@ -69,7 +69,7 @@ class TargetFile:
     embedding_quant: str | None
     bytes: int
     read: int | None
-    config: PretrainedConfig
+    config: PretrainedConfig | None
     drafts: tuple[DraftFile, ...] = ()
 
     @property
@@ -232,10 +232,8 @@ def _write(
 
 def _given_target(wanted: Wanted, described: ModelFile, scratch: Path, threads: int) -> TargetFile:
     """A file that was exported before, as it is."""
-    from edgewright.export.architecture import open_config
     from edgewright.export.artifact import read_entry
     from edgewright.export.runtimes.opening import runtime_of
-    from edgewright.planner.random_drafts import config_of_gguf
 
     runtime, path = runtime_of(wanted.target)
     if wanted.runtimes or wanted.quants:
@@ -245,15 +243,24 @@ def _given_target(wanted: Wanted, described: ModelFile, scratch: Path, threads: 
             fix="leave them out, or give the model's directory",
         )  # fmt: skip
     entry = read_entry(path) or {}
-    config = config_of_gguf(path) if runtime == "llamacpp" else open_config(path)
+    config = _config_of(path)
     embedding = entry.get("embedding_quant")
     known = described.quant is not None and embedding is not None
     file = TargetFile(
         path=path, runtime=runtime, to=described.to, quant=described.quant, embedding_quant=embedding,
         bytes=described.bytes, config=config,
-        read=read_bytes(config, str(described.quant), str(embedding), wanted.context) if known else None,
+        read=read_bytes(config, str(described.quant), str(embedding), wanted.context) if config and known else None,
     )  # fmt: skip
     return replace(file, drafts=tuple(_drafts(wanted, file, scratch, threads)))
+
+
+def _config_of(path: Path) -> PretrainedConfig | None:
+    from edgewright.export.architecture import open_config
+    from edgewright.planner.random_drafts import config_of_gguf
+
+    if path.is_file():
+        return config_of_gguf(path)
+    return open_config(path) if (path / "config.json").exists() else None
 
 
 def _drafts(wanted: Wanted, target: TargetFile, scratch: Path, threads: int) -> Iterator[DraftFile]:
@@ -265,10 +272,10 @@ def _drafts(wanted: Wanted, target: TargetFile, scratch: Path, threads: int) -> 
     from edgewright.planner.random_drafts import draft_config, shapes
 
     quant = target.quant
-    if quant is None:
+    if quant is None or target.config is None:
+        missing = "a manifest that tells its width" if quant is None else "a config.json that tells its architecture"
         raise BadInput(
-            "EW-866", "no drafts can be shaped after this file", where=target.path,
-            expected="a manifest that tells its width", found="none",
+            "EW-866", "no drafts can be shaped after this file", where=target.path, expected=missing, found="none",
             fix="give the model's directory instead, or a draft with --draft",
         )  # fmt: skip
     if wanted.shape is not None:
@@ -324,7 +331,8 @@ def _given_draft(draft: Path, wanted: Wanted, target: TargetFile, scratch: Path,
         _check_smaller(described.bytes, target.bytes, draft)
         return DraftFile(path=path, kind="given", layers=None, hidden_size=None, parameters=None, read=None)
     config = open_config(draft)
-    _check_smaller(parameters(config), parameters(target.config), draft)
+    if target.config is not None:
+        _check_smaller(parameters(config), parameters(target.config), draft)
     if target.quant is None:
         raise BadInput(
             "EW-869", "the width in which the draft should be exported is not known", where=draft,
@@ -333,6 +341,8 @@ def _given_draft(draft: Path, wanted: Wanted, target: TargetFile, scratch: Path,
         )  # fmt: skip
     out = scratch / f"given-{target.to}-{target.quant}"
     path, embedding = _write(load_source(draft), target.runtime, target.quant, None, out, threads)
+    if target.config is None:
+        _check_smaller(describe_model(path).bytes, target.bytes, draft)
     return DraftFile(
         path=path, kind="given", layers=config.num_hidden_layers, hidden_size=config.hidden_size,
         parameters=parameters(config), read=read_bytes(config, target.quant, embedding, wanted.context),

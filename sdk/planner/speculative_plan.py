@@ -224,7 +224,7 @@ def _fitted(file: TargetFile, fitted: DraftFit, measured: Sequence[Draft], wante
 
     random = [draft for draft in measured if draft.kind == "random"]
     known = {(draft.layers, draft.hidden_size) for draft in random}
-    assert file.quant is not None and file.embedding_quant is not None
+    assert file.config is not None and file.quant is not None and file.embedding_quant is not None
     for hidden in sorted({draft.hidden_size for draft in random if draft.hidden_size is not None}):
         for layers in FITTED_DEPTHS:
             if (layers, hidden) in known or layers > file.config.num_hidden_layers:

@@ -233,6 +233,32 @@ def test_a_file_is_taken_as_it_is(tiny: Path, tmp_path: Path) -> None:
     assert caught.value.code == "EW-868"
 
 
+def test_a_folder_without_its_architecture_takes_the_draft_that_is_given(tiny: Path, tmp_path: Path) -> None:
+    """GenAI's folders have no config.json: no draft is shaped after them, and bytes are compared."""
+    from transformers import AutoModelForCausalLM
+
+    import edgewright
+
+    pytest.importorskip("onnxruntime_genai")
+    shutil.copytree(tiny, tmp_path / "draft")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "draft")
+    folders = [
+        edgewright.export(source, to="genai", quant="fp32", out=tmp_path / f"{source.name}-genai", verify=False).path
+        for source in (tiny, tmp_path / "draft")
+    ]
+    for draft in (tmp_path / "draft", folders[1]):
+        plan = plan_speculative(Wanted(target=folders[0], draft=draft), threads=1, seconds=0.01)
+        assert [each.kind for each in plan.files[0].drafts] == ["given"]
+        assert "will it pay?" in as_text(json.loads(json.dumps(plan.to_json()))["speculative"])
+    for wanted, code in ((Wanted(target=folders[0]), "EW-866"), (Wanted(target=folders[1], draft=tiny), "EW-862")):
+        with pytest.raises(BadInput) as caught:
+            plan_speculative(wanted, threads=1, seconds=0.01)
+        assert caught.value.code == code
+
+
 def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the command line."""
     from edgewright.cli import main
