@@ -10,6 +10,7 @@ from typing import Any
 
 from edgewright.export.genai.pair import GENAI_CONFIG, check_genai_pair, check_logits, unfit
 from edgewright.export.guard import read_json
+from edgewright.export.runtimes.spinning import STOP_SPINNING
 from edgewright.export.tokenizer_files import BESIDE, SETTINGS
 from edgewright.files import write_json
 
@@ -51,6 +52,7 @@ def _arrange_genai(place: Path, gamma: int) -> None:
     target, draft = config["model"]["decoder"], other["model"]["decoder"]
     for name, section in (("target", target), ("draft", draft)):
         section["filename"] = f"{name}/{section['filename']}"
+    target["session_options"] |= STOP_SPINNING
     draft["session_options"] = target["session_options"]
     config["model"]["draft"] = draft
     config["speculative"] = {"max_draft_tokens": gamma}

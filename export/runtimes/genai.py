@@ -15,6 +15,7 @@ from edgewright.export.guard import read_json
 from edgewright.export.pairs.bundle import bundle_of
 from edgewright.export.runtimes.huge_pages import use_huge_pages
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.export.runtimes.spinning import STOP_SPINNING
 from edgewright.speculative.counts import Counts
 
 _FIRST_CAPACITY = 128
@@ -72,10 +73,10 @@ class GenaiSession(Session):
             og = _runtime()
             try:
                 config = og.Config(str(path))
-                if self._threads is not None:
-                    options = {"session_options": {"intra_op_num_threads": self._threads, "inter_op_num_threads": 1}}
-                    sections = ("decoder", "draft") if drafts or self._drafts else ("decoder",)
-                    config.overlay(json.dumps({"model": dict.fromkeys(sections, options)}))
+                threads = {} if self._threads is None else {"intra_op_num_threads": self._threads}
+                options = {"session_options": {**threads, "inter_op_num_threads": 1, **STOP_SPINNING}}
+                sections = ("decoder", "draft") if drafts or self._drafts else ("decoder",)
+                config.overlay(json.dumps({"model": dict.fromkeys(sections, options)}))
                 self._models[path] = og.Model(config)
             except RuntimeError as error:
                 raise _cannot_open(path, error) from error

@@ -13,6 +13,7 @@ from edgewright.errors import BadInput
 from edgewright.export.guard import read_json
 from edgewright.export.runtimes.huge_pages import use_huge_pages
 from edgewright.export.runtimes.session import Capabilities, Logits, Session
+from edgewright.export.runtimes.spinning import STOP_SPINNING
 from edgewright.export.source import open_tokenizer, special_ids
 
 PAST, PRESENT = "past_key_values.", "present."
@@ -182,6 +183,8 @@ def _open(path: Path, threads: int | None) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    for key, value in STOP_SPINNING.items():
+        options.add_session_config_entry(key, value)
     try:
         return onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own classes derive from Exception alone

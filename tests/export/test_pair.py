@@ -20,6 +20,7 @@ from edgewright.export.pairs import certify as certifying
 from edgewright.export.parity import verify
 from edgewright.export.runtimes import open_session
 from edgewright.export.runtimes.pair import PairSession
+from edgewright.export.runtimes.spinning import STOP_SPINNING
 from edgewright.export.weight_hash import weights_sha256
 from edgewright.generate import generate
 from edgewright.speculative.counts import Counts
@@ -104,6 +105,8 @@ def test_genai_opens_the_bundle_unchanged(bundle: Callable[[str], Artifact]) -> 
     parameters.set_search_options(max_length=60)
     generator = og.Generator(model, parameters)
     generator.append_tokens(og.Tokenizer(model).encode(PROMPT))
+    sections = json.loads((path / "genai_config.json").read_text())["model"]
+    assert all(sections[name]["session_options"].items() >= STOP_SPINNING.items() for name in ("decoder", "draft"))
     while not generator.is_done():
         generator.generate_next_token()
     stats = generator.get_speculative_stats()
