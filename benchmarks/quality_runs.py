@@ -391,6 +391,11 @@ ROWS = (
         factors=(4.0, 10.0, 20.0, 40.0)),
     Row(name="gradnorm-lorp-whole", what="dense, GradNormLoRP, the direction's step not scaled", stages=plain(),
         optimizer={"type": "gradnorm_lorp", "scale": 1.0}, factors=(4.0, 10.0)),
+    Row(name="gradnorm-lorp-beta2", what="dense, GradNormLoRP, beta2 = 0.95 as AdamW here", stages=plain(),
+        optimizer={"type": "gradnorm_lorp", "betas": [0.9, 0.95]}, rate_of="gradnorm-lorp"),
+    Row(name="gradnorm-lorp-often", what="dense, GradNormLoRP, beta2 = 0.95, projected anew every 50 steps",
+        stages=plain(), optimizer={"type": "gradnorm_lorp", "betas": [0.9, 0.95], "update_proj_gap": 50},
+        rate_of="gradnorm-lorp"),
     *(
         Row(
             name=name, what=what, stages=plain(), optimizer={"type": name.replace("-", "_")}, factors=factors,
