@@ -86,10 +86,10 @@ class ProjectedOptimizer(ResettableOptimizer):
     def __init__(
         self, params: Params, defaults: dict[str, Any], *, seed: int = 0, keep_projections: bool = True
     ) -> None:
-        check_options(defaults)
         self._seed = seed
         self._keep_projections = keep_projections
         self._projectors = self._new_projectors()
+        check_options(defaults, projections=self._projectors)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,10 +111,18 @@ class ProjectedOptimizer(ResettableOptimizer):
         return self._seed + next(number for number, each in enumerate(everything, 1) if each is parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one that says nothing of `rank` becomes two where only some of its parameters are projected."""
-        for group in split(param_group, self.defaults["rank"]):
-            super().add_param_group(group)
-            check_group(self.param_groups[-1])
+        """Add a group; one that says nothing of `rank` becomes two where only some of its parameters are projected.
+
+        One that is refused leaves the optimizer as it was.
+        """
+        before = len(self.param_groups)
+        try:
+            for group in split(param_group, self.defaults["rank"]):
+                super().add_param_group(group)
+                check_group(self.param_groups[-1], projections=self._projectors)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -251,7 +259,7 @@ class ProjectedOptimizer(ResettableOptimizer):
         fast = group["states"] == "fp32"
         alike: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
         for parameter in parameters:
-            if fast and readable(parameter) is parameter:
+            if fast and readable(parameter) is parameter and parameter.is_contiguous():
                 done = int(self.state[parameter].get("step", 0))
                 alike.setdefault((done, parameter.device, parameter.dtype), []).append(parameter)
             else:
@@ -299,16 +307,20 @@ class ProjectedOptimizer(ResettableOptimizer):
 
 def _directions(states: list[State], gradients: list[Tensor], group: Group) -> list[Tensor]:
     """D for each gradient (projected or not), after its moments were updated."""
-    directions = [torch.empty_like(gradient) for gradient in gradients]
+    directions = [torch.empty_like(gradient, memory_format=torch.contiguous_format) for gradient in gradients]
     torch._foreach_zero_(directions)
     _fused(states, directions, gradients, group, -1.0)
     return directions
 
 
 def _fused(states: list[State], targets: list[Tensor], gradients: list[Tensor], group: Group, rate: float) -> None:
-    """Update the moments, and `targets` by -rate * D, in one kernel: torch's fused AdamW, without corrections."""
+    """Update the moments, and `targets` by -rate * D, in one kernel: torch's fused AdamW, without corrections.
+
+    It walks through memory and looks at no strides: targets are contiguous, and all else is made so.
+    """
     if not targets:
         return
+    gradients = [gradient.contiguous() for gradient in gradients]
     moments = {
         key: [_moment(state, key, gradient, group) for state, gradient in zip(states, gradients, strict=True)]
         for key, _ in MOMENTS
@@ -357,10 +369,11 @@ def limit_growth(norms: list[Tensor], states: list[State], limit: float) -> list
 
 
 def _moment(state: State, key: str, gradient: Tensor, group: Group) -> Tensor:
-    """A moment in full precision, of the gradient's shape and cut up as that is; zeros at first."""
+    """A moment in the gradient's type, of its shape and cut up as that is; zeros at first."""
     if "step" not in state:
         return torch.zeros_like(gradient)
-    return matching(moment_storage(group["states"], signed=dict(MOMENTS)[key]).read(state, key), gradient)
+    kept = moment_storage(group["states"], signed=dict(MOMENTS)[key]).read(state, key)
+    return matching(kept.to(gradient.dtype).contiguous(), gradient)
 
 
 def _keep(storage: MomentStorage, state: State, key: str, moment: Tensor) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, get_args
 
 from torch import Tensor
 
 from edgewright.errors import RecipeError
 from edgewright.optim.projection import Group, rank_of
 from edgewright.optim.sharding import as_distributed
+from edgewright.optim.storage import StatesType
 
 
 def split(param_group: dict[str, Any], rank: int | float | None) -> list[dict[str, Any]]:
@@ -52,34 +54,45 @@ def _can_be_projected(entry: Tensor | tuple[str, Tensor], rank: int | float) -> 
     return tensor.ndim == 2 and min(tensor.shape) > rank_of(rank, tensor.shape)
 
 
-def check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any], *, projections: Collection[str]) -> None:
     """Refuse values that no formula takes, as torch's own optimizers do.
+
+    Args:
+        projections: values that `proj` may have.
 
     Raises:
         ValueError: names the first option that is out of its range.
     """
-    rank = options["rank"]
+    rank, limiter = options["rank"], options.get("limiter")
     in_range = {
-        "rank": rank is None or (rank > 0 and (isinstance(rank, int) or rank <= 1)),
+        "rank": rank is None or (not isinstance(rank, bool) and rank > 0 and (isinstance(rank, int) or rank <= 1)),
         "lr": options["lr"] >= 0,
         "betas": all(0 <= beta < 1 for beta in options["betas"]),
         "eps": options["eps"] >= 0,
         "weight_decay": options["weight_decay"] >= 0,
         "update_proj_gap": options["update_proj_gap"] >= 1,
+        "scale": options["scale"] > 0,
+        "limiter": limiter is None or limiter > 1,
+        "queue_size": options.get("queue_size", 1) >= 1,
+        "proj": options["proj"] in projections,
+        "states": options["states"] in get_args(StatesType),
     }
     for name, good in in_range.items():
         if not good:
             raise ValueError(f"{name} is out of range: {options[name]}")
 
 
-def check_group(group: Group) -> None:
+def check_group(group: Group, *, projections: Collection[str]) -> None:
     """Refuse a group whose options are out of range, or whose parameters its rank or its states do not suit.
+
+    Args:
+        projections: values that `proj` may have.
 
     Raises:
         RecipeError: EW-741, the rank is larger than a matrix, or something in the group is no matrix; EW-743, states of
             eight bits for what is cut up among processes. ValueError: `check_options`.
     """
-    check_options(group)
+    check_options(group, projections=projections)
     rank = group["rank"]
     names = group.get("param_names", [f"parameter {number}" for number in range(len(group["params"]))])
     for name, parameter in zip(names, group["params"], strict=True):

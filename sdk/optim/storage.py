@@ -42,14 +42,14 @@ class MomentStorage(ABC):
 
     @abstractmethod
     def read(self, state: dict[str, Tensor], key: str) -> Tensor:
-        """The moment in float32, in the shape in which it was written.
+        """The moment in float32 (float64 where it is kept so), in the shape in which it was written.
 
         It may be changed in place; whether the state sees that before `write` is not said.
         """
 
     @abstractmethod
     def write(self, state: dict[str, Tensor], key: str, value: Tensor) -> None:
-        """Keep `value`, float32 of any shape; the state may take the tensor over."""
+        """Keep `value`, float32 (or float64) of any shape; the state may take the tensor over."""
 
     @abstractmethod
     def zero(self, state: dict[str, Tensor], key: str, mask: Tensor) -> None:
@@ -61,7 +61,7 @@ class MomentStorage(ABC):
 
 
 class FloatStorage(MomentStorage):
-    """float32 as it is."""
+    """float32 (or float64) as it is."""
 
     def read(self, state: dict[str, Tensor], key: str) -> Tensor:
         return state[key]
@@ -83,7 +83,7 @@ class Bf16Storage(MomentStorage):
         return state[key].float()
 
     def write(self, state: dict[str, Tensor], key: str, value: Tensor) -> None:
-        state[key] = round_to_bf16(value)
+        state[key] = round_to_bf16(value.float())
 
     def zero(self, state: dict[str, Tensor], key: str, mask: Tensor) -> None:
         state[key].masked_fill_(mask, 0)
@@ -113,6 +113,7 @@ class Int8Storage(MomentStorage):
         return blockwise().dequantize_blockwise(codes, absmax=state[f"{key}_absmax"], code=book, blocksize=BLOCK)
 
     def write(self, state: dict[str, Tensor], key: str, value: Tensor) -> None:
+        value = value.float()
         if value.numel() < SMALLEST_INT8:
             state[key] = value
             return

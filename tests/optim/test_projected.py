@@ -9,7 +9,7 @@ from torch import nn
 
 import edgewright.optim
 from edgewright.errors import RecipeError
-from edgewright.optim import Apollo, ApolloMini, Fira, GaLore, GradNormLoRP
+from edgewright.optim import Apollo, ApolloMini, Fira, GaLore, GradNormLoRP, QGaLore
 from edgewright.optim.bf16_weight import Bf16Weight
 from edgewright.optim.projection import random_projection
 from edgewright.optim.state import named_state, reset_all_state, reset_state, restore_state
@@ -470,13 +470,85 @@ def test_a_flat_list_of_which_nothing_can_be_projected_is_refused(kind):
     "options",
     [
         {"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"weight_decay": -0.1}, {"update_proj_gap": 0},
-        {"rank": 0}, {"rank": 1.5},
+        {"rank": 0}, {"rank": 1.5}, {"rank": True}, {"scale": 0.0}, {"states": "fp8"},
     ],
 )  # fmt: skip
 @every
 def test_values_that_no_formula_takes_are_refused(kind, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         kind(parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Apollo, {"proj": "svd_of_old"}),
+        (Apollo, {"limiter": 1.0}),
+        (Fira, {"limiter": 0.5}),
+        (QGaLore, {"queue_size": 0}),
+    ],
+)
+def test_so_are_those_of_some_optimizers_alone(kind, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        kind(parameters(), **options)
+
+
+@pytest.mark.parametrize("group", [{"rank": 65}, {"rank": None, "lr": -1.0}, {"scale": -1.0}], ids=str)
+def test_a_group_that_is_refused_later_leaves_the_optimizer_as_it_was(group):
+    params = parameters()
+    optimizer = GaLore(params[:2])
+    with pytest.raises(ValueError if "rank" not in group or "lr" in group else RecipeError):
+        optimizer.add_param_group({"params": params[2:3], **group})
+    assert len(optimizer.param_groups) == 1
+    before = values(params)
+    steps(optimizer, params, 0, 2)
+    assert [torch.equal(p, old) for p, old in zip(params, before, strict=True)] == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize("states", ["bf16", "int8"])
+@every
+def test_narrow_states_serve_parameters_in_float64(kind, states):
+    """The moments are as narrow as those of float32, and what is computed from them is what that computes."""
+    shapes = [(96, 300), (300,)]  # of both kinds in eight bits: blocks, and what is too small for them
+    exact, plain = (
+        [nn.Parameter(p.detach().to(t)) for p in parameters(shapes=shapes)] for t in (torch.double, torch.float)
+    )
+    for params in (exact, plain):
+        optimizer = kind(params, states=states)
+        torch.manual_seed(3)
+        for step in range(4):
+            for parameter, gradient in zip(params, values(parameters(step + 1, shapes)), strict=True):
+                parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+    assert all(parameter.dtype == torch.double for parameter in exact)
+    for ours, theirs in zip(exact, plain, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_a_step_does_not_depend_on_the_order_of_memory(states):
+    """Convolutions in channels_last, and gradients that lie in memory as their parameters do not."""
+    start, gradients = torch.randn(64, 16, 3, 3), [torch.randn(64, 16, 3, 3) for _ in range(3)]
+    plain, last, mixed = (nn.Parameter(start.clone()) for _ in range(3))
+    last.data = start.to(memory_format=torch.channels_last)
+    for parameter in (plain, last, mixed):
+        optimizer = Apollo([{"params": [parameter], "rank": None}], states=states)
+        torch.manual_seed(3)
+        for gradient in gradients:
+            parameter.grad = gradient.clone() if parameter is plain else gradient.to(memory_format=torch.channels_last)
+            optimizer.step()
+    assert not plain.equal(start)
+    torch.testing.assert_close(last, plain, rtol=0, atol=1e-6)
+    assert torch.equal(mixed, plain)
+
+
+@every
+def test_a_parameter_that_is_a_part_of_a_tensor_leaves_the_rest_alone(kind):
+    whole = torch.zeros(96, 128)
+    parts = [nn.Parameter(whole[:48, :64]), nn.Parameter(whole[48:, :64])]
+    steps(kind([{"params": parts[:1], "rank": 4}, {"params": parts[1:], "rank": None}]), parts, 0, 3)
+    assert not whole[:, 64:].any()
+    assert whole[48:, :64].all()
 
 
 def test_sparse_gradients_are_refused():
