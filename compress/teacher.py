@@ -179,9 +179,16 @@ def open_frozen(directory: Path, weights: TeacherWeights, device: torch.device) 
         check_head(model, f"teacher {directory}")
     if weights in PACKED_BITS:
         pack_linears(model, weights, device)
+        leave_files(model)
     model.to(device)
     opened: PreTrainedModel = model
     return opened
+
+
+def leave_files(model: nn.Module) -> None:
+    """Copy what is still in mapped files, as embeddings are: one of them would keep all of a file in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def packable(model: nn.Module, head: nn.Module | None) -> list[tuple[str, nn.Linear]]:

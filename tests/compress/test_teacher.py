@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -175,6 +176,19 @@ def test_the_output_head_stays_wide(tmp_path: Path, weights: str) -> None:
     model = open_frozen(tmp_path / "t", weights, CPU)
     assert type(model.get_output_embeddings()) is torch.nn.Linear
     assert type(model.model.layers[0].mlp.up_proj) is not torch.nn.Linear
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs a list of mapped files")
+def test_packed_weights_leave_nothing_of_the_file_in_memory() -> None:
+    """Embeddings that stay wide would keep the whole of it mapped."""
+    shipped = Path(__file__).parents[2] / "examples/teacher"
+    mapped = {}
+    for weights in ("bf16", "nf4"):
+        model = open_frozen(shipped, weights, CPU)
+        gc.collect()
+        mapped[weights] = str(shipped / "model.safetensors") in Path("/proc/self/maps").read_text()
+        del model
+    assert mapped == {"bf16": True, "nf4": False}
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
