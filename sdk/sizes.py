@@ -18,6 +18,11 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", re.IGNORECASE)
 _UNITS_BY_LOWER = {unit.lower(): size for unit, size in UNITS.items()}
 
 
+def is_size(text: str) -> bool:
+    """Whether `parse_bytes` understands it."""
+    return _SIZE.fullmatch(text) is not None
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of a size such as `8GB`, `7.5 GiB` or `512MiB`; case does not matter.
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from edgewright.errors import RecipeError
+from edgewright.sizes import is_size, parse_bytes
 
 UTILISATION = (0.15, 0.5)
 """Share of the peak rate that a training step reaches: small models on large devices, and large models well fed."""
@@ -84,8 +85,6 @@ GPUS = {
         _gpu("b200", 180, 2250, 80, 8000),
     )
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", re.IGNORECASE)
-_UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20}
 
 
 def find_device(name: str | None) -> Device:
@@ -101,9 +100,8 @@ def find_device(name: str | None) -> Device:
         return GPUS[key]
     if key == "cpu":
         return _cpu_here()
-    size = _SIZE.fullmatch(name.strip())
-    if size:
-        return Device(name=name.strip(), kind="cuda", memory=int(float(size[1]) * _UNITS[size[2].lower()]))
+    if is_size(name):
+        return Device(name=name.strip(), kind="cuda", memory=parse_bytes(name))
     here = _cuda_here() if key == "cuda" else None
     if here is not None:
         return here
@@ -127,14 +125,26 @@ def _cpu_here() -> Device:
     return Device(name="cpu", kind="cpu", memory=total_memory(), here=True)
 
 
+def known_gpu(name: str) -> Device | None:
+    """The one of the table that a driver means by a name such as `NVIDIA A100-SXM4-80GB`; None: none of them.
+
+    Whole words count, and most of them: neither an L40S nor an L40 is an L4, and a 4060 Ti is no 4060.
+    """
+    words = re.sub(r"nvidia |geforce |tesla ", "", name.lower()).replace(" ", "-") + "-"
+    return max(
+        (device for key, device in GPUS.items() if words.startswith(f"{key}-")),
+        key=lambda device: len(device.name),
+        default=None,
+    )
+
+
 def _cuda_here() -> Device | None:
     import torch
 
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
-    words = properties.name.lower().replace("geforce ", "").replace("nvidia ", "").replace(" ", "-")
-    known = next((device for key, device in GPUS.items() if words.startswith(key)), None)
+    known = known_gpu(properties.name)
     return Device(
         name=properties.name,
         kind="cuda",

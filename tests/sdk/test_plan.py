@@ -16,7 +16,7 @@ from edgewright.check import check
 from edgewright.errors import EdgewrightError, RecipeError
 from edgewright.plan import CheckFailed, plan
 from edgewright.planner.cases import case, stage_models
-from edgewright.planner.devices import GPUS, find_device
+from edgewright.planner.devices import GPUS, find_device, known_gpu
 from edgewright.planner.heap import DRAWS, MAPPED_FROM, Heap, typical_peak
 from edgewright.planner.ledger import Ledger
 from edgewright.planner.memory import Memory, predict
@@ -189,9 +189,32 @@ def test_errors_are_those_of_check(tmp_path: Path) -> None:
 def test_devices() -> None:
     assert find_device("RTX 4070") is GPUS["rtx-4070"]
     assert find_device("24GB").memory == 24 * 10**9 and find_device("8GiB").memory == 8 * 2**30
+    assert find_device(" 1.5TB ").memory == 1_500_000_000_000
     with pytest.raises(RecipeError, match="EW-760") as raised:
         find_device("rtx-4071")
     assert "rtx-4070" in str(raised.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA GeForce RTX 4060 Ti", "rtx-4060-ti"),
+        ("NVIDIA GeForce RTX 4060", "rtx-4060"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-32GB", "v100"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+    ],
+)
+def test_what_a_driver_calls_a_gpu(name: str, known: str | None) -> None:
+    found = known_gpu(name)
+    assert (found.name if found else None) == known
 
 
 def test_without_bf16_a_gpu_computes_in_fp32(tmp_path: Path) -> None:
