@@ -124,7 +124,8 @@ def skew_reverse_kl_rows(log_q: Tensor, log_t: Tensor, *, alpha: float) -> tuple
     """Gradient q (g - sum q g), g = log(q / m) + 1 - alpha q / m."""
     q, gap = log_q.exp(), log_q - _log_mixture(1.0 - alpha, log_t, log_q)
     loss = (gap * q).sum(-1)
-    g = gap.sub_(gap.exp().mul_(alpha))  # the 1 falls out
+    log_alpha = math.log(alpha) if alpha else -math.inf  # inside, since q / m alone may be too large for a float
+    g = gap.sub_(gap.add(log_alpha).exp_())  # the 1 falls out
     return loss, students_mean(q, g)[1]
 
 

@@ -33,7 +33,7 @@ class LoraConfig(RankChoice):
     """
 
     type: Literal["lora"] = "lora"
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
     """The adapter counts alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of an adapter's inputs that are dropped in training."""

@@ -27,7 +27,7 @@ class WeightedConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     accepts: ClassVar[tuple[str, ...]] = ("logits",)
     """Kinds of the teacher's targets that it can use (`targets.RowTargets`); none: it asks for no targets."""
-    weight: Annotated[float, Field(gt=0)] | Literal["rest"] = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["rest"] = 1.0
     """Factor of the loss; rest: what the other weights leave of 1, at every step."""
     schedule: ScheduleConfig | None = None
     """Multiplies the weight as it does a learning rate: `{type: wsd, warmup_ratio: 0.1, decay_ratio: 0.2}` climbs,

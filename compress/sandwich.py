@@ -26,7 +26,7 @@ class SandwichConfig(BaseModel):
     type: Literal["sandwich"] = "sandwich"
     random: int = Field(default=2, ge=0)
     """Sub-networks between the smallest and the whole that every micro-batch trains, drawn anew."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of all sub-networks together, where the whole network has 1."""
     kl_weight: float = Field(default=0.5, ge=0, le=1)
     """Share of the divergence from the whole network in the loss of a sub-network; the cross-entropy gets the rest."""

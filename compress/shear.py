@@ -46,7 +46,7 @@ class ShearConfig(PrunedSizes, WholeModel):
     ramp: float = Field(default=0.2, gt=0, le=1)
     """Share of the run over which the wanted sizes fall from those of the source to the target (the paper: 640 of
     3,200 steps)."""
-    mask_learning_rate: float = Field(default=1.0, gt=0)
+    mask_learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of masks and multipliers."""
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from loss_table import CASES, DENSE, IDS, Case, differences, logits
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -164,6 +165,22 @@ def test_skewed_divergences_end_in_the_plain_ones_and_stay_finite() -> None:
     far[0, 0] = 800.0
     for divergence in (skew_forward_kl, skew_reverse_kl):
         assert float(divergence(far, far.flip(-1), alpha=0.1)) == pytest.approx(math.log(10), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: f"{case.name}-{case.settings}")
+def test_distributions_that_are_far_apart_give_the_gradient_of_the_formula(case: Case) -> None:
+    """As small temperatures make them: ratios of probabilities that no float32 holds."""
+    student, teacher = logits(4, 12, 0) * 200.0, logits(4, 12, 1) * 200.0
+    plain = student.clone().requires_grad_()
+    case.plain(plain, Logits(teacher), 1.0).backward()
+    rule = distillation_rule([case.config().build()], [1.0], torch.arange(4), Logits(teacher.float()), scale=0.25)
+    torch.testing.assert_close(rule(student.float(), slice(0, 4))[1].double(), plain.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [math.inf, math.nan, 0.0, -1.0])
+def test_a_weight_is_a_number_above_zero(weight: float) -> None:
+    with pytest.raises(ValidationError, match="weight"):
+        Case("forward_kl").config(weight=weight)
 
 
 def test_reverse_and_forward_kl_are_each_other_turned_round() -> None:
