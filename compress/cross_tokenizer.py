@@ -171,7 +171,7 @@ def ends_in_bytes(tokenizer: Tokenizer, ids: list[int], text: str, offsets: list
         if spare in (0, 1):
             return [end - spare for end in ends]
     sizes = [0, *itertools.accumulate(len(character.encode()) for character in text)]
-    following = [start for start, _ in offsets[1:]] + [None]
+    following = [*(start for start, _ in offsets[1:]), *([None] if offsets else [])]  # a row may end with a start token
     return [
         None if start is not None and start < end else sizes[end]
         for (_, end), start in zip(offsets, following, strict=True)

@@ -118,6 +118,15 @@ def test_a_piece_that_is_cut_inside_a_character_still_finds_its_places() -> None
     assert len(byte_table()) == 256
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_document_of_which_a_row_has_no_text_has_a_place_for_its_start_alone(pair: str) -> None:
+    """As where a row ends with the token that starts the next document, or with its end alone."""
+    ours, theirs = PAIRS[pair]()
+    assert aligned([ours.start_id], ours, theirs) == ([theirs.start_id], [0])
+    read, places = aligned([ours.start_id, ours.eos_id], ours, theirs)
+    assert (read, places) == ([theirs.start_id], [0, -1])
+
+
 def test_rows_are_taken_apart_at_documents() -> None:
     ours = byte_level(300, trim=True)
     assert list(documents([5, 6, 0, 7, 0, 8], ours)) == [(0, [5, 6]), (2, [0, 7]), (4, [0, 8])]
