@@ -180,7 +180,7 @@ class CachedTargets(TargetSource):
     def _piece(self, number: int) -> Piece:
         piece = self._pieces.pop(number, None)
         if piece is None:
-            piece = Piece(piece_path(self.folder, number), self.manifest["fingerprint"])
+            piece = open_piece(self.folder, self.manifest, number)
         self._pieces[number] = piece  # the last used is the last to go
         if len(self._pieces) > MOST_OPEN:
             del self._pieces[next(iter(self._pieces))]
@@ -340,7 +340,12 @@ def check_pieces(folder: Path, manifest: dict[str, Any]) -> None:
         BadInput: EW-791, naming the first piece that is missing, cut off or of another cache.
     """
     for number in range(manifest["pieces"]):
-        Piece(piece_path(folder, number), manifest["fingerprint"])
+        open_piece(folder, manifest, number)
+
+
+def open_piece(folder: Path, manifest: dict[str, Any], number: int) -> Piece:
+    """A piece of a cache by its number; BadInput: EW-791, as `Piece`."""
+    return Piece(piece_path(folder, number), manifest["fingerprint"], number * manifest["piece_sequences"])
 
 
 def check_made_of(folder: Path, manifest: dict[str, Any], ours: dict[str, Any]) -> None:

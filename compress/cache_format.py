@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from edgewright.errors import BadInput
 from edgewright.files import disk_errors, sync_directory
@@ -114,14 +115,42 @@ def write_piece(path: Path, header: dict[str, Any], payload: bytes) -> str:
     return digest
 
 
+class _Header(BaseModel):
+    """What a piece says of itself. No digest is over it, so that it has to hold together."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    fingerprint: str
+    first: int
+    bytes: int
+    sha256: str
+    sections: dict[str, tuple[int, int]]
+
+    @model_validator(mode="after")
+    def _fill(self) -> _Header:
+        """Sections lie one after the other and fill the payload."""
+        end = 0
+        for begin, size in self.sections.values():
+            if begin != end or size < 0:
+                raise ValueError("sections do not lie one after the other")
+            end += size
+        if end != self.bytes:
+            raise ValueError("sections do not fill the payload")
+        return self
+
+
 class Piece:
-    """A piece that was opened: its header is read, its size is right; `payload` verifies the content once.
+    """A piece that was opened: its header holds together, its size is right; `payload` verifies the content once.
+
+    Args:
+        path: of the file.
+        fingerprint: of the cache.
+        first: number of the sequence that it begins with.
 
     Raises:
-        BadInput: EW-791, the file is missing, cut off, not of this cache, or its content is damaged.
+        BadInput: EW-791, the file is missing, cut off, not of this cache or this place in it, or damaged.
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, fingerprint: str, first: int) -> None:
         self.path = path
         try:
             size = path.stat().st_size
@@ -130,15 +159,17 @@ class Piece:
                 length = int.from_bytes(start[len(MAGIC) :], "little")
                 if start[: len(MAGIC)] != MAGIC or len(start) < len(MAGIC) + 4 or length > MOST_HEADER:
                     raise self._bad("no piece of a cache")
-                self.header: dict[str, Any] = json.loads(file.read(length))
+                self.header = _Header.model_validate_json(file.read(length))
         except OSError as error:
             raise self._bad(error.strerror or str(error)) from None
         except ValueError:
             raise self._bad("a damaged header") from None
         self._begin = len(MAGIC) + 4 + length
-        if self.header.get("fingerprint") != fingerprint:
+        if self.header.fingerprint != fingerprint:
             raise self._bad("a piece of another cache")
-        expected = self._begin + int(self.header["bytes"])
+        if self.header.first != first:
+            raise self._bad(f"the piece that begins with sequence {self.header.first:,} instead of {first:,}")
+        expected = self._begin + self.header.bytes
         if size != expected:
             raise self._bad(f"{size:,} bytes instead of {expected:,}")
 
@@ -146,13 +177,15 @@ class Piece:
     def payload(self) -> np.ndarray:
         """uint8, memory-mapped."""
         mapped = np.memmap(self.path, dtype=np.uint8, mode="r", offset=self._begin)
-        if hashlib.sha256(mapped.data).hexdigest() != self.header["sha256"]:
+        if hashlib.sha256(mapped.data).hexdigest() != self.header.sha256:
             raise self._bad("content that does not fit its SHA-256")
         return mapped
 
     def section(self, name: str) -> np.ndarray:
         """A part of the payload, uint8."""
-        begin, size = self.header["sections"][name]
+        if name not in self.header.sections:
+            raise self._bad("a damaged header")
+        begin, size = self.header.sections[name]
         return self.payload[begin : begin + size]
 
     def _bad(self, found: str) -> BadInput:

@@ -118,7 +118,7 @@ class _Cache:
                 found.append(number)
                 continue
             try:
-                piece = Piece(path, self.fingerprint)
+                piece = Piece(path, self.fingerprint, number * self.piece_sequences)
                 if not finished:
                     piece.payload  # noqa: B018 - reading it verifies it
             except BadInput as error:

@@ -149,9 +149,9 @@ def test_draws_come_back_with_their_counts(samples: int, tmp_path: Path) -> None
     ids = torch.randint(0, 300, (40, samples), generator=torch.Generator().manual_seed(samples))
     ids[:5] = 299  # all the same, the largest
     places, payload = joined(sampled_sections([encode_sampled(ids[:24]), encode_sampled(ids[24:])], 8, layout))
-    header = {"fingerprint": "", "sections": places}
+    header = {"fingerprint": "", "first": 0, "sections": places}
     write_piece(tmp_path / "piece", header, payload)
-    piece = Piece(tmp_path / "piece", "")
+    piece = Piece(tmp_path / "piece", "", 0)
     back, counted = np.zeros((40, 300), np.int64), 0
     for row in (3, 0, 4, 1, 2):  # eight tokens each
         counts, found, times = decode_sampled(piece, row, 8, layout)
@@ -276,7 +276,43 @@ def test_damage_inside_a_piece_is_seen_when_it_is_read(finished, tmp_path) -> No
     with pytest.raises(BadInput) as raised:
         opened(run).targets(asked(run, [0]), torch.float32)
     assert raised.value.code == "EW-791"
-    assert Piece(path, read_manifest(path.parent)["fingerprint"]).header["first"] == 0
+    assert Piece(path, read_manifest(path.parent)["fingerprint"], 0).header.first == 0
+
+
+def test_no_damaged_bit_of_a_piece_goes_unseen(tmp_path: Path) -> None:
+    """Wherever it is, in the header too, which has no digest: the piece is refused, or says the same."""
+    layout = Layout(kind="sampled", most=3, vocab_size=50)
+    ids = torch.randint(0, 50, (4, 3), generator=torch.Generator().manual_seed(0))
+    places, payload = joined(sampled_sections([encode_sampled(ids)], 2, layout))
+    path = tmp_path / "piece"
+    write_piece(path, {"fingerprint": "ab", "first": 8, "sections": places}, payload)
+    content = path.read_bytes()
+
+    def said() -> list[list[int]]:
+        piece = Piece(path, "ab", 8)
+        return [part.tolist() for row in range(2) for part in decode_sampled(piece, row, 2, layout)]
+
+    whole, refused = said(), 0
+    for place in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert said() == whole
+        except BadInput as error:
+            assert error.code == "EW-791"
+            refused += 1
+    assert refused > 0.9 * 8 * len(content)
+
+
+def test_a_piece_under_the_name_of_another_is_refused(finished, tmp_path) -> None:
+    """Copied from one machine to another, say: what it says is of other sequences."""
+    run = copied(finished["top_k"], tmp_path)
+    folder = run / "stages/said/cache"
+    (folder / "00001.targets").write_bytes((folder / "00000.targets").read_bytes())
+    with pytest.raises(BadInput, match="begins with sequence 0 instead of") as raised:
+        opened(run).prepare(load_model(run / "stages/base/model"), torch.device("cpu"))
+    assert raised.value.code == "EW-791"
 
 
 @pytest.mark.parametrize(
