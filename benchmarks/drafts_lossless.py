@@ -64,15 +64,17 @@ def main() -> None:
         files = prompt_files(folder, given.held_out)
         paths = {name: tuple(exported(model, name, folder) for model in (TEACHER, draft)) for name in given.runtimes}
         missed = [bar for name in paths for bar in greedy(name, paths[name], files, given)]
-        pairs: dict[str, Pair] = {
-            name: tuple(stack.enter_context(open_session(path, threads=given.threads)) for path in both)  # type: ignore[misc]
-            for name, both in paths.items()
-        }
+        pairs: dict[str, Pair] = {name: opened(stack, both, given.threads) for name, both in paths.items()}
         missed += [bar for name, both in paths.items() for bar in its_own_draft(name, both, pairs[name], given)]
         missed += drawn(pairs, given.rounds)
         missed += overhead(pairs, given)
         print(f"bars missed: {', '.join(missed) or 'none'}")
         raise SystemExit(bool(missed))
+
+
+def opened(stack: ExitStack, both: Sequence[Path], threads: int | None) -> Pair:
+    target, draft = (stack.enter_context(open_session(path, threads=threads, shares_cores=True)) for path in both)
+    return target, draft
 
 
 def first_layer(directory: Path) -> Path:
@@ -140,7 +142,7 @@ def greedy(name: str, both: Sequence[Path], files: list[Path], given: argparse.N
 def its_own_draft(name: str, both: Sequence[Path], pair: Pair, given: argparse.Namespace) -> list[str]:
     """The target with itself, opened a second time, as its draft."""
     target, rounds = pair[0], 13
-    with open_session(both[0], threads=given.threads) as twin:
+    with open_session(both[0], threads=given.threads, shares_cores=True) as twin:
         found = {}
         for sampler in (Sampler(), Sampler(temperature=1.0, seed=1)):
             counts = Counts()

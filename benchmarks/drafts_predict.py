@@ -171,8 +171,8 @@ def measure(*, target: str, draft: str, prompts: int, tokens: int, context: int)
 
     sampler = Sampler()
     with (
-        open_session(target, threads=available_cores()) as judge,
-        open_session(draft, threads=available_cores()) as helper,
+        open_session(target, threads=available_cores(), shares_cores=True) as judge,
+        open_session(draft, threads=available_cores(), shares_cores=True) as helper,
     ):
         texts = [judge.tokenize(prompt.text)[: context - 1] for prompt in held_out_prompts(2 * prompts)]
         texts = [[judge.start_id, *text] for text in texts]

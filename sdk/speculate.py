@@ -169,10 +169,15 @@ def speculate(
     texts = _prompts(prompts, limit)
     ratio = None if draft is None else _cost_ratio(Path(target), Path(draft))
     with ExitStack() as stack:
-        judge = stack.enter_context(open_session(Path(target), threads=threads))
+        beside = draft is not None
+        judge = stack.enter_context(open_session(Path(target), threads=threads, shares_cores=beside))
         check_session(judge, "target")
         asks, notes = _asks(judge, texts, max_new_tokens, max_prompt_tokens)
-        helper = None if draft is None else stack.enter_context(open_session(Path(draft), threads=threads))
+        helper = (
+            None
+            if draft is None
+            else stack.enter_context(open_session(Path(draft), threads=threads, shares_cores=True))
+        )
         if helper is not None:
             check_session(helper, "draft")
             notes = [*check_draft(judge, helper), *notes]

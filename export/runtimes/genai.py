@@ -33,6 +33,7 @@ class GenaiSession(Session):
     Args:
         path: the folder with genai_config.json.
         threads: of the runtime's thread pool; None leaves the choice to the runtime.
+        shares_cores: another session of this process takes turns with this one.
 
     Raises:
         BadInput: EW-604 when the runtime cannot open the folder.
@@ -41,9 +42,10 @@ class GenaiSession(Session):
     runtime = "genai"
     _closed = False
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, shares_cores: bool = False) -> None:
         _runtime()
         self.path = path
+        self._shares_cores = shares_cores
         model = _model_section(path)
         self.vocab_size = model["vocab_size"]
         self.context_length = model["context_length"]
@@ -73,10 +75,12 @@ class GenaiSession(Session):
             og = _runtime()
             try:
                 config = og.Config(str(path))
-                threads = {} if self._threads is None else {"intra_op_num_threads": self._threads}
-                options = {"session_options": {**threads, "inter_op_num_threads": 1, **STOP_SPINNING}}
-                sections = ("decoder", "draft") if drafts or self._drafts else ("decoder",)
-                config.overlay(json.dumps({"model": dict.fromkeys(sections, options)}))
+                pair = drafts or self._drafts
+                options: dict[str, Any] = dict(STOP_SPINNING) if pair or self._shares_cores else {}
+                if self._threads is not None:
+                    options |= {"intra_op_num_threads": self._threads, "inter_op_num_threads": 1}
+                sections = ("decoder", "draft") if pair else ("decoder",)
+                config.overlay(json.dumps({"model": dict.fromkeys(sections, {"session_options": options})}))
                 self._models[path] = og.Model(config)
             except RuntimeError as error:
                 raise _cannot_open(path, error) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class OnnxSession(Session):
     Args:
         path: the folder.
         threads: of the runtime; None leaves the choice to it.
+        shares_cores: another session of this process takes turns with this one.
 
     Raises:
         BadInput: EW-613, the runtime cannot open the graph; EW-614, it is no decoder with a cache.
@@ -34,9 +35,9 @@ class OnnxSession(Session):
 
     runtime = "onnx"
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, shares_cores: bool = False) -> None:
         self.path = path
-        self._session: Any = _open(path, threads)
+        self._session: Any = _open(path, threads, STOP_SPINNING if shares_cores else {})
         use_huge_pages()
         self._cache_shapes = _cache_shapes(path, self._session)
         config = read_json(path / "config.json")
@@ -176,14 +177,14 @@ def _value(array: np.ndarray) -> Any:
     return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
-def _open(path: Path, threads: int | None) -> Any:
+def _open(path: Path, threads: int | None, entries: Mapping[str, str]) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    for key, value in STOP_SPINNING.items():
+    for key, value in entries.items():
         options.add_session_config_entry(key, value)
     try:
         return onnxruntime.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])

@@ -29,11 +29,14 @@ MARKERS = {"genai_config.json": "genai", "openvino_model.xml": "openvino", "mode
 CHECKS = {"genai": check_genai_folder, "onnx": check_onnx_folder, "openvino": check_openvino_folder}
 """What must hold before a runtime sees a folder; the other sessions check their files themselves."""
 
+SPINNING = frozenset({"genai", "onnx"})
+"""Runtimes whose sessions can be told that they share the cores (`spinning.py`)."""
+
 TARGET_OF = {"torch": "hf", "llamacpp": "gguf", "genai": "genai", "onnx": "onnx", "openvino": "openvino"}
 """The target whose artifacts a runtime opens."""
 
 
-def open_session(path: Path | str, *, threads: int | None = None) -> Session:
+def open_session(path: Path | str, *, threads: int | None = None, shares_cores: bool = False) -> Session:
     """Open a model, or a target with its draft, in the runtime that it is for.
 
     Args:
@@ -41,6 +44,7 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
             folder with genai_config.json (ONNX Runtime GenAI), openvino_model.xml (OpenVINO GenAI) or model.onnx
             (ONNX Runtime); or a bundle that `export --draft` wrote.
         threads: of the runtime; by default its own choice.
+        shares_cores: a session beside it in this process takes turns with it, as target and draft do. Bundles know it.
 
     Raises:
         BadInput: EW-601, this is none of them; EW-603, the runtime is not installed; and what the guard
@@ -51,7 +55,7 @@ def open_session(path: Path | str, *, threads: int | None = None) -> Session:
     if bundle is not None:
         return open_pair(bundle, threads=threads)
     runtime, target = runtime_of(Path(path))
-    return _open(runtime, target, threads)
+    return _open(runtime, target, threads, shares_cores=shares_cores)
 
 
 def open_pair(bundle: Bundle, *, threads: int | None = None) -> PairSession:
@@ -70,7 +74,7 @@ def open_pair(bundle: Bundle, *, threads: int | None = None) -> PairSession:
     return pair
 
 
-def _open(runtime: str, target: Path, threads: int | None) -> Session:
+def _open(runtime: str, target: Path, threads: int | None, *, shares_cores: bool = False) -> Session:
     module, name, package, install = SESSIONS[runtime]
     if importlib.util.find_spec(package) is None:
         raise BadInput(
@@ -79,9 +83,9 @@ def _open(runtime: str, target: Path, threads: int | None) -> Session:
             where=target.absolute(),
             fix=install,
         )
-    session: Session = vars(importlib.import_module(f"edgewright.export.runtimes.{module}"))[name](
-        target, threads=threads
-    )
+    kind = vars(importlib.import_module(f"edgewright.export.runtimes.{module}"))[name]
+    settings = {"shares_cores": True} if shares_cores and runtime in SPINNING else {}
+    session: Session = kind(target, threads=threads, **settings)
     return session
 
 

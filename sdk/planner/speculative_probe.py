@@ -79,7 +79,7 @@ class Prober:
 
         paths = [str(request["target"]), *map(str, _list(request["drafts"]))]
         threads = int(str(request["threads"]))
-        sessions = [self._open_session(Path(path), threads=threads) for path in paths]
+        sessions = [self._open_session(Path(path), threads=threads, shares_cores=True) for path in paths]
         for session in sessions:
             check_session(session, "target" if session is sessions[0] else "draft")
             _check_vocabulary(session, sessions[0])

@@ -53,6 +53,15 @@ def test_a_folder_opens_by_its_marker(exported: Path) -> None:
         assert opened.start_id == 1 and opened.eos_ids == {0}
 
 
+def test_threads_stop_between_runs_only_where_they_are_in_the_way(exported: Path) -> None:
+    entry = "session.force_spinning_stop"
+    with open_session(exported, shares_cores=True) as shared, open_session(exported) as alone:
+        assert isinstance(shared, OnnxSession) and isinstance(alone, OnnxSession)
+        assert shared._session.get_session_options().get_session_config_entry(entry) == "1"
+        with pytest.raises(RuntimeError):
+            alone._session.get_session_options().get_session_config_entry(entry)
+
+
 def test_logits_are_those_of_torch_in_one_piece_and_in_several(
     session: OnnxSession, torch_session: TorchSession
 ) -> None:

@@ -70,7 +70,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Bench:
     draft = MarkovSession(NEAR, path=Path("draft"))
     bench = Bench(target, draft, {"target": 1000, "draft": 50}, {"target": list(WORDS), "draft": list(WORDS)}, [])
 
-    def opened(path: Path, *, threads: int | None = None) -> MarkovSession:
+    def opened(path: Path, *, threads: int | None = None, shares_cores: bool = False) -> MarkovSession:
         bench.opened.append(path.name)
         return bench.target if path.name == "target" else bench.draft
 

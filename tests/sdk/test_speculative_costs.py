@@ -234,7 +234,7 @@ def probed() -> tuple[Prober, Clock]:
         "small": Programmed(clock, draft_cost, cut=0.03),
         "large": Programmed(clock, lambda count: 3 * draft_cost(count), cut=0.06),
     }
-    prober = Prober(lambda path, threads: made[str(path)], clock)
+    prober = Prober(lambda path, threads, shares_cores: made[str(path)], clock)
     reply = prober.open({"target": "target", "drafts": ["small", "large"], "threads": 1, "context": 100})
     assert reply == {"runtime": "fake", "context": 100}
     return prober, clock
@@ -309,7 +309,7 @@ def opened(**changes: dict[str, Any]) -> Prober:
     for name, attributes in changes.items():
         for attribute, value in attributes.items():
             setattr(made[name], attribute, value)
-    prober = Prober(lambda path, threads: made[str(path)], clock)
+    prober = Prober(lambda path, threads, shares_cores: made[str(path)], clock)
     prober.open({"target": "target", "drafts": ["draft"], "threads": 1, "context": 256})
     return prober
 
