@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from edgewright.speculative.counts import Counts
 from edgewright.speculative.divergence import Divergence, divergence
 from edgewright.speculative.loop import Decoded, decode, plain
+from edgewright.speculative.prompts import ALL
 from edgewright.speculative.proposers import DraftModel, PromptLookup, Proposer
 from edgewright.speculative.sampling import Sampler
 
@@ -242,7 +243,7 @@ class Contest:
     def rows(self) -> list[Row]:
         """A row for each contender over all prompts, and where there are several sets one for each of them."""
         sets = {name: list(places) for name, places in self._sets()}
-        groups = {"all": list(range(len(self.asks)))} | (sets if len(sets) > 1 else {})
+        groups = {ALL: list(range(len(self.asks)))} | (sets if len(sets) > 1 else {})
         return [self._row(contender, name, places) for contender in self.contenders for name, places in groups.items()]
 
     def _sets(self) -> list[tuple[str, list[int]]]:

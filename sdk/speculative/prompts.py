@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ HELD_OUT = "held-out code"
 """The set that is taken where no file is given: beginnings of the held-out part of Python's standard library."""
 BEGINNING = 256
 """Characters of each of those."""
+ALL = "all"
+"""What all sets together are called, and so none of them."""
+_COMPRESSED = frozenset({".gz", ".xz", ".zst"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Prompt:
     """A text to continue."""
 
     set: str
-    """The file that it is from, by its name below the pattern, without suffixes."""
+    """The file that it is from: see `_set_names`."""
     where: str
     """File and line, for messages."""
     text: str
@@ -46,10 +50,12 @@ def read_prompts(patterns: Sequence[str | Path], *, limit: int | None = None) ->
     from edgewright.data.files import find
 
     prompts: list[Prompt] = []
-    for name, path in find(tuple(map(str, patterns))):
-        texts = _texts_of_lines(path) if ".jsonl" in path.suffixes else _texts(path, name)
+    files = find(tuple(map(str, patterns)))
+    for (name, path), set_name in zip(files, _set_names(files), strict=True):
+        lines = _plain(path).suffix.lower() == ".jsonl"
+        texts = _texts_of_lines(path) if lines else _texts(path, name)
         kept = ((where, text) for where, text in texts if text.strip())
-        found = [Prompt(name.split(".")[0] or name, where, text) for where, text in islice(kept, limit)]
+        found = [Prompt(set_name, where, _whole(where, text)) for where, text in islice(kept, limit)]
         if not found:
             raise BadInput(
                 "EW-806",
@@ -71,6 +77,29 @@ def held_out_prompts(limit: int) -> list[Prompt]:
     return [Prompt(HELD_OUT, name, text[:BEGINNING]) for name, text in islice(first, limit)]
 
 
+def _set_names(files: Sequence[tuple[str, Path]]) -> list[str]:
+    """A name for each file: the one below its pattern without suffixes; with them, or the whole path, where two files
+    would share it, or where it is that of all sets together."""
+    ways = (
+        [_plain(Path(name)).with_suffix("").as_posix() for name, _ in files],
+        [name for name, _ in files],
+        [str(path) for _, path in files],
+    )
+    return next(names for names in ways if len({*names, ALL}) == len(names) + 1)
+
+
+def _plain(path: Path) -> Path:
+    """A file's name without what compression added."""
+    return path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+
+
+def _whole(where: str, text: str) -> str:
+    """A text as it is, refused where bytes or escapes of it were no Unicode: no tokenizer takes it."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _unreadable(where, "bytes that are no UTF-8, or half of a surrogate pair")
+    return text
+
+
 def _texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
     """Place and text of each prompt of a text file."""
     from edgewright.data.reading import TextFormat, read_file
@@ -80,14 +109,11 @@ def _texts(path: Path, name: str) -> Iterator[tuple[str, str]]:
         where = f"{path.absolute()}:{document.line}"
         if document.fault is not None:
             raise _unreadable(where, document.fault)
-        text = "".join(document.chunks)
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise _unreadable(where, "bytes that are no UTF-8")
-        found.append((where, text))
+        found.append((where, "".join(document.chunks)))
     if len(found) > 1:
         yield from found
     else:
-        lines = (line for _, text in found for line in text.splitlines())
+        lines = (line.rstrip("\n") for _, text in found for line in StringIO(text, newline=None))
         yield from ((f"{path.absolute()}:{number}", line) for number, line in enumerate(lines, 1))
 
 

@@ -45,6 +45,7 @@ class Sampler:
         _check(0 <= temperature < math.inf, "temperature", "0 (greedy) or more", temperature)
         _check(top_k >= 0, "top_k", "0 (all tokens) or more", top_k)
         _check(0 < top_p <= 1, "top_p", "above 0, at most 1", top_p)
+        _check(min([seed] if isinstance(seed, int) else seed) >= 0, "seed", "0 or more", seed)
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._chance = np.random.default_rng(seed)
 
@@ -167,6 +168,6 @@ def _top_p(mass: np.ndarray, top_p: float) -> np.ndarray:
     return cut / cut.sum()
 
 
-def _check(right: bool, name: str, expected: str, found: float) -> None:
+def _check(right: bool, name: str, expected: str, found: object) -> None:
     if not right:
         raise RecipeError("EW-801", f"{name} makes no sense", expected=expected, found=found)

@@ -270,6 +270,7 @@ def test_a_runtime_that_cannot(pair: Bench, files: Path, role: str, lacking: str
         ({"gamma": []}, "EW-803"),
         ({"temperature": -1.0}, "EW-801"),
         ({"top_p": 0.0}, "EW-801"),
+        ({"seed": -1}, "EW-801"),
         ({"ngram": 0}, "EW-190"),
         ({"ngram": 17}, "EW-190"),
         ({"max_new_tokens": 0}, "EW-190"),
@@ -302,9 +303,44 @@ def test_prompts_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "all.v2.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     found = read_prompts([tmp_path / "*.jsonl"])
     assert "".join(prompt.text for prompt in found) == "abcdefg"
-    assert {prompt.set for prompt in found} == {"all"}
+    assert {prompt.set for prompt in found} == {"all.v2"}
     assert found[2].where == f"{tmp_path / 'all.v2.jsonl'}:5"
     assert [prompt.text for prompt in read_prompts([tmp_path / "*.jsonl"], limit=2)] == ["a", "b"]
+
+
+def test_every_file_is_a_set_with_a_name_of_its_own(tmp_path: Path) -> None:
+    """What all sets together are called is the name of none: its row would be lost, and taken for the whole."""
+
+    def sets(*names: str) -> list[str]:
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("a\n")
+        return [prompt.set for prompt in read_prompts([tmp_path / name for name in names])]
+
+    assert sets("chat.txt", "code.md") == ["chat", "code"]
+    assert sets("chat.v1.txt", "chat.v2.txt") == ["chat.v1", "chat.v2"]
+    assert sets("chat.txt", "chat.md") == ["chat.md", "chat.txt"]
+    assert sets("all.txt", "code.txt") == ["all.txt", "code.txt"]
+    assert sets("one/chat.txt", "two/chat.txt") == [str(tmp_path / "one/chat.txt"), str(tmp_path / "two/chat.txt")]
+
+
+def test_the_kind_of_a_file_is_its_last_suffix(tmp_path: Path) -> None:
+    (tmp_path / "CHAT.JSONL").write_text('{"prompt": "a"}\n')
+    (tmp_path / "chat.jsonl.txt").write_text("no JSON\n")
+    assert [prompt.text for prompt in read_prompts([tmp_path / "CHAT.JSONL", tmp_path / "chat.jsonl.txt"])] == [
+        "a",
+        "no JSON",
+    ]
+
+
+def test_only_line_ends_part_prompts(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes("one\x0cpage\r\ntwo\u2028lines\r\n\r\nthree".encode())
+    found = read_prompts([tmp_path / "lines.txt"])
+    assert [(each.text, each.where[-1]) for each in found] == [
+        ("one\x0cpage", "1"),
+        ("two\u2028lines", "2"),
+        ("three", "4"),
+    ]
 
 
 def test_text_prompts_keep_their_line(files: Path) -> None:
@@ -335,6 +371,8 @@ def test_a_text_file_without_separators_holds_a_prompt_a_line(files: Path) -> No
         ("turns.jsonl", b'{"turns": []}\n', "EW-807"),
         ("user.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}\n', "EW-807"),
         ("latin.txt", b"caf\xe9 and more text after it", "EW-807"),
+        ("latin.jsonl", b'{"prompt": "caf\xe9"}\n', "EW-807"),
+        ("half.jsonl", b'{"prompt": "\\ud83d"}\n', "EW-807"),
         ("archive.jsonl.xz", b"no archive", "EW-205"),
         ("table.csv", b"a,b", "EW-204"),
     ],
