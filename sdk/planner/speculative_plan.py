@@ -74,9 +74,9 @@ def plan_speculative(
             found="none", fix="name the draft; without, the acceptance that is needed is told for several sizes",
         )  # fmt: skip
     known = tuple(float(each) for each in acceptance)
-    source = "given" if known else None
+    source, doubt = "given" if known else None, None
     if not known and wanted.draft is not None:
-        known = acceptance_of(wanted.draft)
+        known, doubt = acceptance_of(wanted.draft, wanted.target)
         source = "draft.json" if known else None
     cores = available_cores() if threads is None else threads
     with tempfile.TemporaryDirectory(prefix="edgewright-plan-") as scratch:
@@ -95,7 +95,7 @@ def plan_speculative(
         acceptance=known,
         source=source,
         gamma=gamma,
-        warnings=(*measured.warnings, *_spread(measured)),
+        warnings=(*measured.warnings, *([doubt] if doubt else []), *_spread(measured)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from families import save_byte_tokenizer
 
 from edgewright.errors import BadInput, EdgewrightError, RecipeError
+from edgewright.export.artifact import write_entry
+from edgewright.export.weight_hash import weights_sha256
 from edgewright.planner import speculative_files, speculative_plan
 from edgewright.planner.speculative import Costs, best_gamma, predict
 from edgewright.planner.speculative_files import TargetFile, Wanted
@@ -112,16 +115,38 @@ def test_a_known_acceptance_is_a_prediction() -> None:
 
 
 def test_what_draft_json_says(tmp_path: Path) -> None:
-    assert acceptance_of(tmp_path) == ()
+    said = partial(acceptance_of, tmp_path, tmp_path / "target")
+    assert said() == ((), None)
     (tmp_path / "draft.json").write_text(json.dumps({"agreement": 0.62}))
-    assert acceptance_of(tmp_path) == (0.62,)
+    assert said() == ((0.62,), None)
     (tmp_path / "draft.json").write_text(json.dumps({"agreement": None}))
-    assert acceptance_of(tmp_path) == ()
+    assert said() == ((), None)
     for wrong in ('{"agreement": 62}', '{"agreement": 0.5, "prompts": [["a"]]}', "{}", "no", "[]"):
         (tmp_path / "draft.json").write_text(wrong)
         with pytest.raises(BadInput) as caught:
-            acceptance_of(tmp_path)
+            said()
         assert caught.value.code == "EW-864"
+
+
+def test_an_acceptance_by_another_target_is_not_taken(tmp_path: Path) -> None:
+    """Whatever it is that is planned for: a directory, or a file that was made from one."""
+    ours, other, draft = (tmp_path / name for name in ("ours", "other", "draft"))
+    for place in (ours, other, draft):
+        place.mkdir()
+        (place / "model.safetensors").write_bytes(place.name.encode())
+    sha256 = weights_sha256(ours)
+    (draft / "draft.json").write_text(json.dumps({"agreement": 0.62, "target_sha256": sha256}))
+    assert acceptance_of(draft, ours) == ((0.62,), None)
+    taken, doubt = acceptance_of(draft, other)
+    assert taken == () and doubt is not None and "0.620" in doubt and "--acceptance" in doubt
+    for name, made_from, lattice, expected in (
+        ("same.gguf", sha256, {}, (0.62,)),
+        ("other.gguf", weights_sha256(other), {}, ()),
+        ("codes.gguf", weights_sha256(other), {"model.norm.weight": "int4"}, (0.62,)),
+    ):
+        write_entry(tmp_path / name, {"made_from": {"sha256": made_from}, "lattice": lattice})
+        assert acceptance_of(draft, tmp_path / name)[0] == expected, name
+    assert acceptance_of(draft, tmp_path / "strange.gguf") == ((0.62,), None)
 
 
 # ---------------------------------------------------------------- real files
