@@ -23,6 +23,8 @@ from edgewright.planner.heap import Event
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "teacher", "other")
 """What memory is for."""
+NO_WORK = ("prim", "profiler")
+"""Namespaces of what starts no kernel: that a tensor without memory is asked for its device, say, real ones never."""
 GUESSED = 2**40
 """Stands for a count that only data would tell, such as the weights above a threshold: more than are asked for."""
 
@@ -41,7 +43,7 @@ class Ledger(TorchDispatchMode):
         now: bytes alive, by part.
         peak: the same at the moment when most were alive.
         events: every block as it is made and freed, for `heap.Heap`.
-        operations: how many were seen.
+        operations: how many were seen that a device would be given.
     """
 
     def __init__(self) -> None:
@@ -104,7 +106,7 @@ class Ledger(TorchDispatchMode):
             return NotImplemented  # it does the operation on its parts, which come here again
         if func is torch.ops.aten._local_scalar_dense.default:
             return _guess(args[0].dtype)
-        self.operations += 1
+        self.operations += func.namespace not in NO_WORK
         out = func(*args, **(kwargs or {}))
         for value in pytree.tree_leaves(out):
             if isinstance(value, Tensor) and not isinstance(value, NarrowWeight):

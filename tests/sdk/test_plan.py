@@ -71,6 +71,14 @@ def test_what_is_alive_on_paper_is_what_is_alive(tmp_path: Path) -> None:
     assert sum(real.now.values()) == sum(fake.now.values()) == 0
 
 
+def test_questions_are_no_operations() -> None:
+    """A tensor without memory is asked for its device where a real one simply has it."""
+    with FakeTensorMode(), Ledger() as ledger:
+        ones = torch.ones(3)
+        assert ones.to(ones.device).float().device == (ones + 1).device
+    assert ledger.operations == 2
+
+
 def test_memory_follows_the_settings(tmp_path: Path) -> None:
     layers = "stages.base.student.num_hidden_layers=6"
     _, plain = simulated(tmp_path, layers)
