@@ -122,12 +122,11 @@ class _Writing:
         """The continuations of a piece; None where it is not there, damaged, or of other settings."""
         try:
             piece = json.loads(self._path(number).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if piece["fingerprint"] != self.fingerprint or piece["sha256"] != _digest(piece["written"]):
+            whole = piece["fingerprint"] == self.fingerprint and piece["sha256"] == _digest(piece["written"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         written: list[list[int]] = piece["written"]
-        return written
+        return written if whole else None
 
     def write_missing(self) -> StageCost | None:
         """Every process its share of the missing pieces, in step; what that takes, where this is the main one."""

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -239,12 +240,13 @@ def test_nothing_is_generated_twice_and_a_kill_changes_nothing(finished, tmp_pat
     assert curve(directory, "student") == curve(whole / "run", "student")
 
 
-def test_a_damaged_piece_is_written_again(finished, tmp_path) -> None:
+@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: "{}"], ids=["cut", "other JSON"])
+def test_a_damaged_piece_is_written_again(finished, tmp_path, damage: Callable[[str], str]) -> None:
     directory, _ = run(tmp_path)
     corpus = directory / "stages/written/corpus"
     before = (corpus / "train.bin").read_bytes()
     piece = corpus / "pieces/00000.json"
-    piece.write_text(piece.read_text().replace("[", "[", 1)[:-20])
+    piece.write_text(damage(piece.read_text()))
     (corpus / "train.bin").write_bytes(before[:-2])
     run(tmp_path)
     assert (corpus / "train.bin").read_bytes() == before
