@@ -59,7 +59,8 @@ def export_pair(
     """Write a bundle. Arguments and the errors of each half as in `targets.export`.
 
     Raises:
-        RecipeError: EW-820 to EW-827, the runtime cannot serve this pair; EW-509, `out` is something else already.
+        RecipeError: EW-820 to EW-827, EW-833, the runtime cannot serve this pair; EW-509, `out` is something else
+            already.
         GateFailed: EW-830, the pair does not decode as its target does; nothing was left behind.
     """
     draft = load_source(options.draft)

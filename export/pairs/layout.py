@@ -72,6 +72,14 @@ TOKENIZER = frozenset({"tokenizer.json", SETTINGS, *BESIDE})
 """The files of a tokenizer in a folder of ours."""
 
 
+def _arrange_openvino(place: Path, gamma: int) -> None:
+    """Two folders side by side, if the pipeline can open both as a pair."""
+    from edgewright.export.openvino.paging import check_paging
+
+    for role in ("target", "draft"):
+        check_paging(place / role, role)
+
+
 def _arrange_hf(place: Path, gamma: int) -> None:
     """Let transformers draft exactly gamma tokens: its settings are the draft's."""
     path = place / "draft" / "generation_config.json"
@@ -84,4 +92,8 @@ def _arrange_hf(place: Path, gamma: int) -> None:
     write_json(path, settings)
 
 
-_ARRANGE: Mapping[str, Callable[[Path, int], None]] = {"genai": _arrange_genai, "hf": _arrange_hf}
+_ARRANGE: Mapping[str, Callable[[Path, int], None]] = {
+    "genai": _arrange_genai,
+    "hf": _arrange_hf,
+    "openvino": _arrange_openvino,
+}

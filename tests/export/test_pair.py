@@ -13,7 +13,7 @@ import pytest
 from pair_models import save_draft, save_target, set_json
 
 from edgewright.bench import bench
-from edgewright.errors import BadInput, EdgewrightError, GateFailed, Unsafe
+from edgewright.errors import BadInput, EdgewrightError, GateFailed, RecipeError, Unsafe
 from edgewright.export import export
 from edgewright.export.artifact import Artifact, read_entry
 from edgewright.export.pairs import certify as certifying
@@ -404,3 +404,19 @@ def test_drafts_of_every_kind_are_certified(
         made = export(target, to=to, quant=quant, draft=draft, draft_quant=draft_quant, out=tmp_path / to, threads=1)
         assert made.gate == "passed" and made.pair is not None and made.pair["acceptance_rate"] > 0.1
         assert made.pair["draft_quant"] == draft_quant
+
+
+def test_a_graph_that_openvino_cannot_page_is_refused_before_it_decodes(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target, draft = tiny_model("gpt2"), tmp_path / "draft"
+    shutil.copytree(target, draft)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    model.transformer.h, model.config.n_layer = model.transformer.h[:1], 1
+    model.save_pretrained(draft)
+    with pytest.raises(RecipeError, match="attention_mask") as caught:
+        export(target, to="openvino", quant="fp32", out=tmp_path / "pair", draft=draft, verify=False)
+    assert caught.value.code == "EW-833"
+    assert list(tmp_path.iterdir()) == [draft]
