@@ -20,7 +20,7 @@ from edgewright.errors import GateFailed
 from edgewright.export.artifact import Artifact, settled_hash_of, size_of, write_entry
 from edgewright.export.onnx.decoder import has_windows
 from edgewright.export.pairs.bundle import KIND, Bundle, bundle_of, damaged
-from edgewright.export.pairs.certify import Certificate, Expected, built_in_prompts, certify, counts_of
+from edgewright.export.pairs.certify import NEW_TOKENS, Certificate, Expected, built_in_prompts, certify, counts_of
 from edgewright.export.pairs.launch import Launch, write_launch
 from edgewright.export.pairs.layout import layout_of
 from edgewright.export.pairs.options import PairOptions
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MAX_PROMPTS = 16
 """Prompts of a user that are decoded, the first ones; of training's there are no more."""
 MAX_PROMPT_TOKENS = 256
-"""The end of a longer prompt is what is decoded from."""
+"""The end of a longer prompt is what is decoded from, and of one that leaves no room in the context."""
 
 
 def export_pair(
@@ -144,7 +144,8 @@ def _prompts(
             found = [session.tokenize(prompt.text) for prompt in islice(read_prompts(files), MAX_PROMPTS)]
         else:
             found = [list(prompt) for prompt in record.prompts] if record else []
-        return tuple((session.start_id, *tokens[-MAX_PROMPT_TOKENS:]) for tokens in found)
+        most = max(1, min(MAX_PROMPT_TOKENS, session.context_length - NEW_TOKENS - 1))
+        return tuple((session.start_id, *tokens[-most:]) for tokens in found)
 
 
 def _record(target: Source, draft: Source) -> DraftRecord | None:

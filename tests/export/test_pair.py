@@ -164,7 +164,7 @@ def test_training_prompts_and_agreement_are_what_a_pair_is_held_against(
 ) -> None:
     """draft.json's prompts are decoded, kept in the manifest and decoded again; another agreement there is an alarm."""
     trained = Path(shutil.copytree(draft, tmp_path / "draft"))
-    prompts = [[5, 6, 7, 8], [9, 10, 11], [12]]
+    prompts = [[5, 6, 7, 8], [9, 10, 11], [12] * 256]
 
     def pair(agreement: float, sha256: str) -> dict[str, Any]:
         record = {"agreement": agreement, "target_sha256": sha256, "prompts": prompts}
@@ -181,7 +181,10 @@ def test_training_prompts_and_agreement_are_what_a_pair_is_held_against(
     near = pair(far["checkpoint_agreement"], weights_sha256(target))
     assert not near["alarm"] and 0 < near["checkpoint_agreement"] < 1
     entry = read_entry(tmp_path / "pair")
-    assert entry is not None and [prompt[1:] for prompt in entry["prompts"]] == prompts
+    assert entry is not None and [prompt[1:] for prompt in entry["prompts"][:2]] == prompts[:2]
+    assert entry["prompts"][2][1:] == [12] * (256 - certifying.NEW_TOKENS - 1), (
+        "the end that leaves room in the context"
+    )
     again = verify(tmp_path / "pair", against=target, threads=1).pair
     assert again is not None and again["prompts"] == len(prompts)
     assert again["trained_agreement"] == near["trained_agreement"] and not again["alarm"]
