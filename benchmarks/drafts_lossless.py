@@ -37,7 +37,7 @@ from edgewright.speculative.prompts import held_out_prompts
 TEACHER = ROOT / "examples" / "teacher"
 SHARED = ROOT.parent / "shared" / "data" / "prompts"
 TARGETS = {"torch": None, "llamacpp": "gguf", "genai": "genai", "onnx": "onnx", "openvino": "openvino"}
-CHAT_AND_CODE = ("mt_bench_question.jsonl.xz", "eagle_humaneval_question.jsonl.xz")
+CHAT_AND_CODE = ("spec_bench_question.jsonl.xz", "eagle_humaneval_question.jsonl.xz")
 PROMPT_TOKENS = 128
 TOP_K = 8
 Pair = tuple[Session, Session]
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--folder", type=Path, help="keeps the exported files for the next time")
     parser.add_argument("--held-out", type=int, default=60, help="prompts of held-out code beside the others")
-    parser.add_argument("--limit", type=int, default=None, help="prompts of each of the other files")
+    parser.add_argument("--limit", type=int, default=160, help="prompts of each of the other files")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--gamma", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=20_000)
