@@ -340,13 +340,17 @@ LIMITED = """
 import resource, sys
 import edgewright
 from edgewright.trainer import Trainer
-step, first = Trainer._one_step, True
-def one_step(self):
-    global first
-    if first:  # address space as it is now, and a little
-        first, pages = False, int(open("/proc/self/statm").read().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 192 * 2**20,) * 2)
-    step(self)
+step, limit = Trainer._one_step, None
+def one_step(self):  # within the address space before the first one, and a little; what follows may take what it needs
+    global limit
+    if limit is None:
+        limit = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + 192 * 2**20
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        step(self)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 Trainer._one_step = one_step
 edgewright.run(*sys.argv[1:])
 """
