@@ -96,8 +96,9 @@ def export_pair(
             say("decoding with the pair")
             bundle = bundle_of(place)
             assert bundle is not None
-            bundle = replace(bundle, prompts=_prompts(bundle, target, draft, options.prompts, threads))
-            certificate = certify_bundle(bundle, target, draft, threads=threads)
+            record = _record(target, draft)
+            bundle = replace(bundle, prompts=_prompts(bundle, record, options.prompts, threads))
+            certificate = certify_bundle(bundle, target, draft, record=record, threads=threads)
             _refuse_failed(certificate, target)
             entry |= {"prompts": bundle.prompts, "pair": certificate.to_json(), "gate": certificate.gate}
             write_entry(place, entry)
@@ -106,7 +107,12 @@ def export_pair(
 
 
 def certify_bundle(
-    bundle: Bundle, target: Source | None = None, draft: Source | None = None, *, threads: int | None = None
+    bundle: Bundle,
+    target: Source | None = None,
+    draft: Source | None = None,
+    *,
+    record: DraftRecord | None = None,
+    threads: int | None = None,
 ) -> Certificate:
     """Decode with a bundle, and judge it.
 
@@ -114,6 +120,7 @@ def certify_bundle(
         bundle: as it lies on the disk.
         target, draft: the checkpoints, whose own acceptance the bundle's is held against; without both it is what the
             manifest says of them.
+        record: what training said of the two.
         threads: of the runtime.
 
     Raises:
@@ -124,7 +131,7 @@ def certify_bundle(
         unknown = [token for prompt in prompts for token in prompt if token >= session.vocab_size]
         if unknown:
             raise damaged(bundle.path, f"token {unknown[0]} in prompts, of {session.vocab_size:,} tokens")
-    expected = _expected(target, draft, prompts, bundle, threads)
+    expected = _expected(target, draft, record, prompts, bundle, threads)
     peak = peak_memory_of(bundle.path, threads=threads)
     ratio = size_of(bundle.draft) / size_of(bundle.target)
     with open_pair(bundle, threads=threads) as session:
@@ -132,13 +139,12 @@ def certify_bundle(
 
 
 def _prompts(
-    bundle: Bundle, target: Source, draft: Source, files: Sequence[Path], threads: int | None
+    bundle: Bundle, record: DraftRecord | None, files: Sequence[Path], threads: int | None
 ) -> tuple[tuple[int, ...], ...]:
     """What to certify a pair on: the user's prompts, or what the draft's acceptance was measured on in training; none
     for the built-in ones."""
     from edgewright.speculative.prompts import read_prompts
 
-    record = _record(target, draft)
     with open_pair(bundle, threads=threads) as session:
         if files:
             found = [session.tokenize(prompt.text) for prompt in islice(read_prompts(files), MAX_PROMPTS)]
@@ -155,14 +161,18 @@ def _record(target: Source, draft: Source) -> DraftRecord | None:
 
 
 def _expected(
-    target: Source | None, draft: Source | None, prompts: list[list[int]], bundle: Bundle, threads: int | None
+    target: Source | None,
+    draft: Source | None,
+    record: DraftRecord | None,
+    prompts: list[list[int]],
+    bundle: Bundle,
+    threads: int | None,
 ) -> Expected:
     """What the checkpoints do in float32, in the loop of `edgewright.speculative`, and what they did in training."""
     if target is None or draft is None:
         known = bundle.entry.get("pair")
         rates = known if isinstance(known, dict) else {}
         return Expected(**{each.name: _rate(rates.get(each.name)) for each in fields(Expected)})
-    record = _record(target, draft) if bundle.prompts else None
     with ExitStack() as stack:
         large, small = (
             stack.enter_context(TorchSession(source.directory, threads=threads, source=source))
@@ -172,7 +182,7 @@ def _expected(
     return Expected(
         checkpoint_acceptance=counts.acceptance_rate,
         checkpoint_agreement=counts.agreement,
-        trained_agreement=record.agreement if record else None,
+        trained_agreement=record.agreement if record and bundle.prompts else None,
     )
 
 
@@ -265,7 +275,8 @@ def verify_pair(
         check_pair(bundle.to, source, other, bundle.gamma)
         beside = verify(bundle.draft, against=other.directory, max_kl=max_kl, threads=threads)
         reasons += [f"the draft: {reason}" for reason in beside.reasons]
-    certificate = certify_bundle(bundle, source, other, threads=threads)
+    record = None if other is None else _record(source, other)
+    certificate = certify_bundle(bundle, source, other, record=record, threads=threads)
     reasons += certificate.reasons
     return replace(
         alone,
