@@ -1,6 +1,6 @@
 """Distillation from teachers: what it gains over the text alone, on disk, in 4 bits, from an ensemble.
 
-    python benchmarks/distill.py [--scale small|smoke|gpu] [--seeds 2] [--only ROW ...] [--minutes N]
+    python benchmarks/distill.py [--scale small|tiny|smoke|gpu] [--seeds 2] [--only ROW ...] [--minutes N]
     python benchmarks/distill.py --list | --table
     python benchmarks/distill.py --step-time      # cached against online, interleaved
     python benchmarks/distill.py --cache-size     # planned against written, 5M tokens

@@ -15,7 +15,8 @@ import torch
 from common import ROOT, interleaved, median_line, worker
 from distill_runs import SAMPLES, SEQUENCE, Scale, from_cache, taught, training
 from quality_run import say
-from quality_runs import Places, Section
+from quality_runs import Places
+from quality_scales import Section
 
 from edgewright.compress.cache import read_manifest
 from edgewright.data import prepare_data

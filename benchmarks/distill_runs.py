@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import ROOT
-from quality_runs import ADAMW, SEQUENCE, Places, Section
+from quality_runs import ADAMW, Places
+from quality_scales import SEQUENCE, Section
 
 from edgewright.student import PresetStudentConfig
 
@@ -68,6 +69,14 @@ SCALES = {
         batch=16,
         rate=3e-3,
     ),
+    "tiny": Scale(
+        name="tiny",
+        teacher=shape(192, 2, 3, 448),
+        student=shape(96, 2, 3, 192),
+        vocabulary=512,
+        batch=16,
+        rate=4e-3,
+    ),
     "smoke": Scale(
         name="smoke",
         teacher=shape(64, 2, 2, 128),
@@ -89,7 +98,8 @@ SCALES = {
         rate=1e-3,
     ),
 }
-"""small: two CPU cores. smoke: whether everything runs, no more. gpu: bring a corpus with --data."""
+"""small: two CPU cores and a day. tiny: a student of 234 thousand parameters, two hours. smoke: whether everything
+runs, no more. gpu: bring a corpus with --data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Drafts of one target after each of their three stages: how much of what they say the target accepts, by prompts.
 
-    python benchmarks/drafts.py [--scale small|smoke] [--seeds 2] [--minutes N]
+    python benchmarks/drafts.py [--scale small|tiny|smoke] [--seeds 2] [--minutes N]
     python benchmarks/drafts.py --list | --table
 
 Trains a target on stories, books and code, then drafts with less than a tenth of its parameters: on stories and books

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT
-from quality_runs import ADAMW, Places, Section
+from quality_runs import ADAMW, Places
+from quality_scales import Section
 
 SHARED = ROOT.parent / "shared/data"
 STORIES = ("tinystories/train_prefix_2MiB.txt.xz", "tinystories/v2gpt4_head_10k_lines.txt.xz")
@@ -59,12 +60,17 @@ SCALES = {
         name="small", target=shape(256, 8, 4, 768), vocabulary=4096, sequence=256, batch=16, target_steps=4000,
         steps=(2000, 1500, 1000), prompts=400, judged=80,
     ),
+    "tiny": Scale(
+        name="tiny", target=shape(128, 4, 4, 384), vocabulary=1024, sequence=256, batch=16, target_steps=4800,
+        steps=(800, 600, 400), prompts=200, judged=80,
+    ),
     "smoke": Scale(
         name="smoke", target=shape(256, 2, 4, 512), vocabulary=512, sequence=256, batch=2, target_steps=3,
         steps=(3, 3, 3), prompts=4, judged=3, samples=1,
     ),
 }  # fmt: skip
-"""small: two CPU cores, a target of 7.9M parameters. smoke: whether everything runs, no more."""
+"""small: two CPU cores, a target of 7.9M parameters, hours. tiny: one of 984 thousand, within the hour. smoke: whether
+everything runs, no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

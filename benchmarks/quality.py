@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, header
-from quality_runs import BUSY, ROWS, SCALES, Named, Places, Section, jobs
+from quality_runs import BUSY, ROWS, Named, Places, jobs
+from quality_scales import SCALES, Section
 
 SHARED = ROOT.parent / "shared/data"
 TEXTS = (

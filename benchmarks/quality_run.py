@@ -10,7 +10,8 @@ from typing import Any
 
 from common import ROOT
 from filelock import FileLock, Timeout
-from quality_runs import BUSY, SEQUENCE, File, Job, Named, Places, Stage, recipe, row_named
+from quality_runs import BUSY, File, Job, Named, Places, Stage, recipe, row_named
+from quality_scales import SEQUENCE
 
 from edgewright import checkpoint
 from edgewright.data import Corpus, iterate_documents, prepare_data

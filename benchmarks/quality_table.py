@@ -12,7 +12,8 @@ from typing import Any
 
 from common import ROOT
 from quality_plot import Point, draw
-from quality_runs import ROWS, SCALES, Row, Scale
+from quality_runs import ROWS, Row
+from quality_scales import SCALES, Scale
 
 from edgewright.files import write_text
 

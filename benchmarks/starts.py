@@ -1,6 +1,6 @@
 """Where a student starts: pruned against scratch, one elastic run against many, grown against scratch; on real text.
 
-    python benchmarks/starts.py [--scale small|smoke] [--seeds 2] [--only ROW ...] [--minutes N] [--data PATTERN ...]
+    python benchmarks/starts.py [--scale small|tiny|smoke] [--seeds 2] [--only ROW ...] [--minutes N] [--data FILE ...]
     python benchmarks/starts.py --list | --table
 
 Trains one run after the other, each in a process of its own and with the SDK's own recipes, and writes one JSON result

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_runs import ADAMW, SEQUENCE, SWEEP, Section
+from quality_runs import ADAMW, SWEEP
+from quality_scales import SEQUENCE, Section
 
 from edgewright.compress.elastic import ElasticConfig
 from edgewright.student import PresetStudentConfig
@@ -80,6 +81,21 @@ SCALES = {
         batch=16,
         rates=(5e-4, 1e-3, 2e-3, 4e-3),
     ),
+    "tiny": Scale(
+        name="tiny",
+        full={"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
+        half={"num_hidden_layers": 3, "intermediate_size": 32},
+        elastic={
+            "hidden_size": [32],
+            "intermediate_size": [32, 64],
+            "num_attention_heads": [2],
+            "num_hidden_layers": [2],
+        },
+        alone=("h32-f32-a2-l2", "h32-f128-a2-l4", "h64-f32-a4-l2", "h64-f64-a4-l4"),
+        vocabulary=512,
+        batch=16,
+        rates=(2e-3, 4e-3, 8e-3),
+    ),
     "smoke": Scale(
         name="smoke",
         full={"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96},
@@ -98,7 +114,8 @@ SCALES = {
         judged_tokens=2_000,
     ),
 }
-"""small: two CPU cores, 2.8M parameters. smoke: whether everything runs, no more."""
+"""small: two CPU cores, 2.8M parameters, a day. tiny: 196 thousand parameters, an hour. smoke: whether everything runs,
+no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
