@@ -119,13 +119,17 @@ def _documents(batch: Batch, row: int, text: Callable[[int], str]) -> Iterator[S
 
 
 def _pieces(corpus: Corpus) -> Callable[[int], str]:
-    """What a token is as text: decoded, or as the vocabulary has it where it is no whole character."""
+    """What a token is as text: decoded, or as the vocabulary has it where it is no whole character.
+
+    It is decoded after another one: some tokenizers drop the space before the first of what they decode.
+    """
     from edgewright.data.tokenizer import load_encoder
 
     tokenizer = load_encoder(corpus.tokenizer_dir).tokenizer
+    before: str = tokenizer.decode([corpus.start_id], skip_special_tokens=False)
 
     def text(token: int) -> str:
-        decoded: str = tokenizer.decode([token], skip_special_tokens=False)
+        decoded: str = tokenizer.decode([corpus.start_id, token], skip_special_tokens=False).removeprefix(before)
         name = tokenizer.id_to_token(token)
         return decoded if decoded and "\ufffd" not in decoded else name or f"<{token}>"
 

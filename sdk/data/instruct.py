@@ -169,7 +169,7 @@ class _Reader:
         return Rendered(
             (
                 Segment(start, counted=False, special=True),
-                Segment(prompt, counted=False, special=False),
+                Segment(prompt, counted=False, special=False, begins=True),
                 Segment(completion, counted=True, special=False),
                 Segment(end, counted=True, special=True),
             )

@@ -42,6 +42,8 @@ class Segment:
     """Whether its tokens are learned."""
     special: bool
     """Whether special tokens are read out of it: a template's text; in what people wrote they are plain text."""
+    begins: bool = False
+    """Whether a text begins here, which goes on with nothing that comes before: a prompt after its start token."""
 
 
 @dataclass(frozen=True, slots=True)

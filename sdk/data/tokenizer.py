@@ -79,8 +79,10 @@ class Encoder:
     start_id: int
     """Token before a document: BOS, or EOS where there is no BOS."""
     eos_id: int
+    adds_space: bool
+    """The tokenizer puts a space before a text that begins with a word."""
     drops_space: bool
-    """The tokenizer puts a space before every text, so a piece that continues a document gives up its own."""
+    """It does so whatever a text begins with, so a piece that continues a document gives up its own."""
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.uint32]:
@@ -101,11 +103,13 @@ class Encoder:
         """Token ids of each segment of each example, `dtype` [tokens].
 
         Each is encoded by itself, so that its border is one of tokens, as between a prompt and what is generated.
-        Where the tokenizer puts a space before every text, that is taken back from all but an example's first segment:
-        it is encoded after a line break, whose tokens are then cut off.
+        Where the tokenizer puts a space before a text, that is taken back from segments that go on with one: they are
+        encoded after a line break, whose tokens are then cut off.
         """
         flat = [
-            (segment, self.drops_space and index > 0) for example in examples for index, segment in enumerate(example)
+            (segment, self.adds_space and index > 0 and not segment.begins)
+            for example in examples
+            for index, segment in enumerate(example)
         ]
         found: list[np.ndarray] = [np.empty(0, self.dtype)] * len(flat)
         for special in (False, True):
@@ -215,7 +219,7 @@ def load_encoder(directory: Path) -> Encoder:
         vocab_size=max(vocabulary.values()) + 1,
         start_id=eos_id if bos_id is None else bos_id,
         eos_id=eos_id,
-        drops_space=_drops_space(tokenizer),
+        **_spaces(tokenizer),
     )
 
 
@@ -269,11 +273,13 @@ def _settings(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _drops_space(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Find out by trying: the tokens of "two words" are those of "two" and " words", or of "two" and "words"."""
+def _spaces(tokenizer: tokenizers.Tokenizer) -> dict[str, bool]:
+    """`adds_space` and `drops_space`, found out by trying: the tokens of "two words" are those of "two" and " words",
+    or of "two" and "words", or of either."""
 
     def ids(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     whole, first = ids("two words"), ids("two")
-    return whole != first + ids(" words") and whole == first + ids("words")
+    adds = whole == first + ids("words")
+    return {"adds_space": adds, "drops_space": adds and whole != first + ids(" words")}

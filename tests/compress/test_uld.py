@@ -64,7 +64,9 @@ def byte_level(vocabulary: int, *, trim: bool) -> Encoder:
         vocab_size=vocabulary, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
-    return Encoder(tokenizer=tokenizer, vocab_size=vocabulary, start_id=0, eos_id=0, drops_space=False)
+    return Encoder(
+        tokenizer=tokenizer, vocab_size=vocabulary, start_id=0, eos_id=0, adds_space=False, drops_space=False
+    )
 
 
 def sentence_pieces(vocabulary: int) -> Encoder:
@@ -77,7 +79,7 @@ def sentence_pieces(vocabulary: int) -> Encoder:
         vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS[:1] + TEXTS[2:], trainer)
-    return Encoder(tokenizer=tokenizer, vocab_size=vocabulary, start_id=1, eos_id=2, drops_space=True)
+    return Encoder(tokenizer=tokenizer, vocab_size=vocabulary, start_id=1, eos_id=2, adds_space=True, drops_space=True)
 
 
 PAIRS = {

@@ -14,6 +14,7 @@ from edgewright.data import DataConfig, prepare_data
 from edgewright.data.batches import IGNORED
 from edgewright.data.packing import pack
 from edgewright.errors import BadInput, EdgewrightError, Unsafe
+from edgewright.show_batch import _pieces
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
@@ -164,23 +165,58 @@ def test_nobody_speaks_in_anothers_name(tokenizer_dir, tmp_path):
     assert forged in whole
 
 
-def test_a_sentencepiece_tokenizer_gets_no_spaces_at_the_borders(tmp_path):
+def sentence_pieces(folder, scheme):
+    """Letters and spaces as tokens; a space is put before a text, as old and new files of SentencePiece say it."""
     from tokenizers import normalizers
 
-    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz", "\n", "▁is", "▁a"]
-    vocab = {piece: number for number, piece in enumerate(["<unk>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("i", "s")] if "is" in vocab else [], unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    pieces = ["<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz[].", "\n", "▁is"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    if scheme == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    folder = tmp_path / "tokenizer"
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return tokenizer
+
+
+def joined(corpus):
+    """The pieces of every example, one after the other; the learned ones of each."""
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
+    named = [([tokenizer.id_to_token(token) for token in ids], counted) for ids, counted in all_examples(corpus)]
+    return sorted(
+        ("".join(pieces), "".join(piece for piece, learns in zip(pieces, counted, strict=True) if learns))
+        for pieces, counted in named
+    )
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first"])
+def test_a_sentencepiece_tokenizer_puts_a_space_before_the_prompt_alone(tmp_path, scheme):
+    tokenizer = sentence_pieces(tmp_path / "tokenizer", scheme)
     rows = [{"prompt": "what is", "completion": word} for word in ("abc", "bcd", "cde", "def")]
-    corpus = prepared(tmp_path / "run", rows, folder)
-    names = {token: piece for piece, token in tokenizer.get_vocab().items()}
-    texts = sorted("".join(names[token] for token in ids) for ids, _ in all_examples(corpus))
-    assert texts == [f"<s>what▁is{word}</s>" for word in ("abc", "bcd", "cde", "def")]
+    corpus = prepared(tmp_path / "run", rows, tmp_path / "tokenizer")
+    assert "".join(tokenizer.encode("what is", add_special_tokens=False).tokens) == "▁what▁is"  # as it is asked later
+    assert joined(corpus) == [(f"<s>▁what▁is{word}</s>", f"{word}</s>") for word in ("abc", "bcd", "cde", "def")]
+
+
+def test_turns_of_a_sentencepiece_tokenizer_are_those_of_transformers(tmp_path):
+    sentence_pieces(tmp_path / "tokenizer", "first")
+    template = INST.replace("[INST] ", "[ ").replace(" [/INST]", " ]")
+    settings = tmp_path / "tokenizer/tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    said, roles = [("hi", "four."), ("and", " six.")], ("user", "assistant")
+    turns = [{"role": role, "content": text} for pair in said for role, text in zip(roles, pair, strict=True)]
+    rows = [{"messages": turns}, {"messages": turns[:2]}, {"messages": turns[2:]}]
+    corpus = prepared(tmp_path / "run", rows, tmp_path / "tokenizer")
+    whole, learned = joined(corpus)[-1]
+    assert (whole, learned) == ("<s>[▁hi▁]four.</s>[▁and▁]▁six.</s>", "four.</s>▁six.</s>")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "tokenizer").apply_chat_template(turns, return_dict=False)
+    assert theirs in [ids for ids, _ in all_examples(corpus)]
+    assert "".join(map(_pieces(corpus), theirs)) == "<s>[ hi ]four.</s>[ and ] six.</s>"
 
 
 # --- packing ---
