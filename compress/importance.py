@@ -8,6 +8,7 @@ for hidden channels on the output of every norm, summed over the norms, so that 
 stream; for heads on the 2-norm over a head's part of what enters the output projection; for intermediate channels on
 what enters the down projection. Blocks by ShortGPT's influence (arXiv 2403.03853), 1 - mean_t cos(h_in, h_out).
 
+What comes after the last learned token of a sequence, as padding does, has no say: nothing that is learned hangs on it.
 Nothing but sums is kept, in float64: memory does not grow with the text.
 """
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgewright.chunked import IGNORED
 from edgewright.compress.blocks import blocks_of, running
 from edgewright.compress.shape import Shape
 from edgewright.student import hidden_states, output_head
@@ -52,16 +54,29 @@ class Importance:
     sequences: int
 
 
+class _Places:
+    """Which places of the micro-batch that runs are looked at."""
+
+    seen: Tensor
+    """bool [B, S]"""
+
+    def look_at(self, labels: Tensor) -> None:
+        """Those up to the last label that counts, in every row."""
+        self.seen = (labels != IGNORED).flip(1).int().cummax(1).values.flip(1).bool()
+
+
 class _Sums:
     """sum_b (mean_t |a|)^2 for every channel of something."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, places: _Places) -> None:
         self.total = torch.zeros(size, dtype=torch.float64)
+        self.places = places
 
     def add(self, activation: Tensor) -> None:
         """activation: [B, S, size]."""
-        means = activation.detach().abs().mean(1, dtype=torch.float64)
-        self.total += means.square().sum(0).cpu()
+        seen = self.places.seen
+        sums = activation.detach().abs().mul(seen[..., None]).sum(1, dtype=torch.float64)
+        self.total += (sums / seen.sum(1, keepdim=True).clamp_min(1)).square().sum(0).cpu()
 
     def score(self) -> Tensor:
         return self.total.sqrt()
@@ -77,9 +92,10 @@ def measure(model: PreTrainedModel, batches: Iterable[ModelInputs], *, span: int
         span: n, how many neighbouring blocks are scored together, at least 1.
     """
     shape, blocks = Shape.of(model.config), blocks_of(model)
-    norms = [_Sums(shape.hidden_size) for _ in range(2 * len(blocks) + 1)]
-    heads = [_Sums(shape.num_attention_heads) for _ in blocks]
-    ffn = [_Sums(shape.intermediate_size) for _ in blocks]
+    places = _Places()
+    norms = [_Sums(shape.hidden_size, places) for _ in range(2 * len(blocks) + 1)]
+    heads = [_Sums(shape.num_attention_heads, places) for _ in blocks]
+    ffn = [_Sums(shape.intermediate_size, places) for _ in blocks]
     alone, together = (torch.zeros(len(blocks) - n + 1, dtype=torch.float64) for n in (1, span))
     states: list[Tensor] = []
 
@@ -99,10 +115,11 @@ def measure(model: PreTrainedModel, batches: Iterable[ModelInputs], *, span: int
         watch(base.norm, before=states.append, after=norms[-1].add)
         for inputs in batches:
             states.clear()
+            places.look_at(inputs.labels)
             hidden_states(model, inputs)
-            alone += _distances(states, 1)
-            together += _distances(states, span)
-            tokens += inputs.input_ids.numel()
+            alone += _distances(states, 1, places.seen)
+            together += _distances(states, span, places.seen)
+            tokens += int(places.seen.sum())
             sequences += len(inputs.input_ids)
     states.clear()
     return Importance(
@@ -116,11 +133,11 @@ def measure(model: PreTrainedModel, batches: Iterable[ModelInputs], *, span: int
     )
 
 
-def _distances(states: list[Tensor], span: int) -> Tensor:
-    """sum_t 1 - cos(h_l, h_{l + span}) for every l: float64 [L - span + 1]."""
+def _distances(states: list[Tensor], span: int, seen: Tensor) -> Tensor:
+    """sum_t 1 - cos(h_l, h_{l + span}) over the places that are seen, for every l: float64 [L - span + 1]."""
     return torch.stack(
         [
-            (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).sum(dtype=torch.float64).cpu()
+            (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).mul(seen).sum(dtype=torch.float64).cpu()
             for before, after in zip(states, states[span:], strict=False)
         ]
     )
@@ -148,7 +165,7 @@ def losses_without(
 
 
 def _loss(model: PreTrainedModel, batches: Iterable[ModelInputs]) -> float:
-    from edgewright.chunked import IGNORED, chunked_loss, cross_entropy_rule
+    from edgewright.chunked import chunked_loss, cross_entropy_rule
 
     nats, counted = 0.0, 0
     for inputs in batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import edgewright
+from edgewright.chunked import IGNORED
 from edgewright.compress.blocks import running
 from edgewright.compress.cut import Kept, KeptBlock, cut, prefix
 from edgewright.compress.importance import losses_without, measure
@@ -167,6 +169,20 @@ def test_importance_is_that_of_the_formula() -> None:
         cosine = F.cosine_similarity(states[start], states[start + 2], dim=-1)
         torch.testing.assert_close(found.spans[start], 1 - cosine.mean(), rtol=1e-5, atol=1e-7)
     assert (found.sequences, found.tokens) == (5, 45) and shape.num_hidden_layers == 4
+
+
+def test_padding_has_no_say() -> None:
+    """A row that ends in padding counts as it would without; prompts, which are not learned, count."""
+    model, (short, long) = decoder("llama"), (text(2, 7), text(2, 12, seed=1))
+    padded = replace(
+        short,
+        input_ids=F.pad(short.input_ids, (0, 5), value=3),
+        labels=F.pad(short.labels.index_fill(1, torch.arange(3), IGNORED), (0, 5), value=IGNORED),
+    )
+    found, expected = measure(model, [padded, long], span=2), measure(model, [short, long], span=2)
+    assert found.tokens == expected.tokens == 2 * 7 + 2 * 12
+    for name in ("hidden", "heads", "ffn", "influence", "spans"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-7)
 
 
 def test_the_loss_without_blocks_is_that_of_the_model_that_lacks_them() -> None:
