@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgewright.compress.choice import WholeModel
-from edgewright.compress.shape import Shape, divided, legal_multiples, refused
+from edgewright.compress.shape import HEADS_DIVIDE_HIDDEN, Shape, legal_multiples, refused
 from edgewright.errors import BadInput, RecipeError, RecipeErrors
 from edgewright.method import Method, MethodReport
 
@@ -78,7 +78,7 @@ class ElasticConfig(WholeModel):
         from edgewright.compress.elastic_layers import Size
 
         full, given = Shape.of(config), self.model_dump()
-        errors = list(self._errors(full))
+        errors = list(self._errors(full)) or list(self._undivided(full, config.model_type))
         if errors:
             raise errors[0] if len(errors) == 1 else RecipeErrors(errors)
         options = [sorted({*given[name], full.numbers()[name]}) for name in AXES]
@@ -92,9 +92,6 @@ class ElasticConfig(WholeModel):
                 num_hidden_layers=layers,
                 head_dim=full.head_dim,
             )
-            wrong = divided(shape, config.model_type, options[2], "EW-765")
-            if wrong:
-                raise wrong[0]
             found.append(Size(shape=shape, blocks=spaced(full.num_hidden_layers, layers)))
         if len(found) > MOST_SIZES:
             raise RecipeError(
@@ -106,16 +103,41 @@ class ElasticConfig(WholeModel):
             )
         return sorted(found, key=lambda size: (weights_in_blocks(size.shape), size.name))
 
-    def _errors(self, full: Shape) -> Iterator[RecipeError]:
-        head_sizes = [
+    def _undivided(self, full: Shape, model_type: str) -> Iterator[RecipeError]:
+        """Where the family wants hidden sizes that its heads divide: those of the whole model divide them all."""
+        if model_type not in HEADS_DIVIDE_HIDDEN:
+            return
+        most = full.num_attention_heads
+        step = math.lcm(most, self.multiple_of)
+        for hidden in self.hidden_size:
+            if hidden % most:
+                why = f"{model_type} wants a multiple of the heads, and the whole model has {most}"
+                legal = [*legal_multiples(1, full.hidden_size - 1, step), full.hidden_size]
+                yield refused("EW-765", "hidden_size", hidden, why, legal)
+        hidden_sizes = {*(hidden for hidden in self.hidden_size if hidden % most == 0), full.hidden_size}
+
+        def divides(heads: int) -> bool:
+            return not any(hidden % heads for hidden in hidden_sizes)
+
+        for heads in self.num_attention_heads:
+            if not divides(heads):
+                every = ", ".join(map(str, sorted(hidden_sizes)))
+                why = f"{model_type} wants hidden sizes, here {every}, that are multiples of the heads"
+                yield refused("EW-765", "num_attention_heads", heads, why, filter(divides, self._head_sizes(full)))
+
+    def _head_sizes(self, full: Shape) -> list[int]:
+        """Heads that a sub-network can have."""
+        return [
             heads
             for heads in range(full.group, full.num_attention_heads + 1, full.group)
             if heads == full.num_attention_heads or heads * full.head_dim % self.multiple_of == 0
         ]
+
+    def _errors(self, full: Shape) -> Iterator[RecipeError]:
         legal: dict[str, Sequence[int]] = {
             "hidden_size": legal_multiples(1, full.hidden_size - 1, self.multiple_of),
             "intermediate_size": legal_multiples(1, full.intermediate_size - 1, self.multiple_of),
-            "num_attention_heads": head_sizes,
+            "num_attention_heads": self._head_sizes(full),
             "num_hidden_layers": range(1, full.num_hidden_layers + 1),
         }
         whys = {

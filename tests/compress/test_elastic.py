@@ -181,7 +181,11 @@ ILLEGAL = [
     ({"num_attention_heads": [3]}, ["groups of 2", "4"]),
     ({"num_hidden_layers": [0]}, ["at least one block", "1"]),
     ({"num_hidden_layers": [9]}, ["the whole model has 4"]),
-    ({"hidden_size": [6], "multiple_of": 1}, ["multiple of the heads"]),
+    ({"hidden_size": [6], "multiple_of": 1}, ["multiple of the heads", "whole model has 8", "fix: hidden_size: 8"]),
+    (
+        {"hidden_size": [40], "num_attention_heads": [6], "multiple_of": 1},
+        ["here 40, 64", "fix: num_attention_heads: 4"],
+    ),
 ]
 
 
@@ -192,6 +196,14 @@ def test_sizes_that_cannot_be_are_refused_with_the_nearest(settings, said) -> No
         config.build().chosen(decoder("llama"))
     assert caught.value.code == "EW-765"
     assert all(word in caught.value.message() for word in said), caught.value.message()
+
+
+def test_the_fix_of_a_size_that_cannot_be_can() -> None:
+    config = decoder("llama").config
+    for settings, said in ILLEGAL:
+        fixes = [word.removeprefix("fix: ").split(": ") for word in said if word.startswith("fix: ")]
+        mended = {**settings, **{name: [int(value)] for name, value in fixes}}
+        assert not fixes or len(ElasticConfig.model_validate(mended).sizes(config)) > 1
 
 
 def test_all_wrong_sizes_are_told_at_once() -> None:
