@@ -38,7 +38,7 @@ OF_PROCESSES = ("processes", "sharding", "threads", "compile", "micro_batch", "g
 
 
 def check_same_recipe(recipe: Recipe, stage: AnyStageConfig, corpus: Corpus, directory: Path) -> None:
-    """Refuse to go on with a run that another recipe began; remember this one's if there is none.
+    """Refuse to go on with a stage that another recipe began; remember this one's where it has not begun.
 
     Raises:
         RecipeError: EW-705.
@@ -48,8 +48,8 @@ def check_same_recipe(recipe: Recipe, stage: AnyStageConfig, corpus: Corpus, dir
     seed = recipe.seed if stage.seed is None else stage.seed
     dumped |= {"seed": seed, "sequence_length": recipe.data.sequence_length, "data": corpus.fingerprint}
     now = json.loads(json.dumps(_portable(dumped)))
-    if not kept.exists():
-        directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not kept.exists() or all(path == kept for path in directory.iterdir()):
         write_json(kept, now)
         return
     before = _with_defaults(json.loads(kept.read_text(encoding="utf-8")), type(stage))

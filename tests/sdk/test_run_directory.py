@@ -21,6 +21,18 @@ def test_another_recipe_in_the_same_directory_is_refused(finished):
     assert "optimizer" in str(refused.value)
 
 
+def test_a_stage_that_has_not_begun_may_change(finished, tmp_path):
+    """A run that was refused can be mended, and one that was stopped can have another end."""
+    recipe, _ = finished
+    nothing = ["stages.base.budget.max_steps=1", "stages.base.training.eval_steps=0", f"output_dir={tmp_path / 'run'}"]
+    with pytest.raises(RecipeError, match="EW-720"):
+        edgewright.run(recipe, *nothing, "stages.base.methods=[{type: lora, rank: 999}]")
+    assert [path.name for path in (tmp_path / "run/stages/base").iterdir()] == ["stage.json"]
+    edgewright.run(recipe, *nothing, "stages.base.methods=[{type: lora, rank: 2}]")
+    with pytest.raises(RecipeError, match="EW-705"):
+        edgewright.run(recipe, *nothing, "stages.base.methods=[{type: lora, rank: 3}]")
+
+
 def test_settings_that_change_no_bits_may_change(finished):
     recipe, run = finished
     edgewright.run(
