@@ -21,10 +21,6 @@ class SampledConfig(BaseModel):
     samples: int = Field(default=50, gt=0, le=255)
     """Draws for each token, with replacement; only the different ones take space."""
 
-    def most_entries(self) -> int:
-        """Entries that a token can have."""
-        return self.samples
-
 
 class TopKConfig(BaseModel):
     """The k most probable tokens and the mass of all the others."""

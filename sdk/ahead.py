@@ -1,4 +1,5 @@
-"""What `check` works out for stages with teachers before a run would: the room in a context, the data of a cache."""
+"""What `check` works out for stages with teachers before a run would: the room in a context, what a cache can keep, and
+the data of one."""
 
 from __future__ import annotations
 
@@ -11,6 +12,8 @@ from edgewright.derived import source_of
 from edgewright.student import CheckpointStudentConfig, StageStudentConfig
 
 if TYPE_CHECKING:
+    from edgewright.compress.cache_config import CacheStageConfig
+    from edgewright.compress.cache_format import Layout
     from edgewright.compress.generate_config import GenerateStageConfig
     from edgewright.data.tokenizer import Encoder
     from edgewright.recipe import Recipe
@@ -52,6 +55,45 @@ def context_of(
     assert stage is not None, "the recipe was checked"
     source = source_of(stage.student)
     return recipe.data.sequence_length if source is None else context_of(recipe, source, sound)
+
+
+def check_kept(
+    recipe: Recipe, stage: CacheStageConfig, vocab_size: int | None, *, sound: Collection[Path] | None = None
+) -> Layout | None:
+    """Refuse to keep more tokens than the teachers have.
+
+    Args:
+        vocab_size: of the data's tokenizer, as far as it is known.
+        sound: as of `check_context`.
+
+    Returns:
+        How they will be laid out; None where no teacher's vocabulary is known.
+
+    Raises:
+        RecipeError: EW-795.
+    """
+    from edgewright.compress.cache_stage import layout_of
+
+    sizes = [vocabulary_ahead(recipe, teacher, vocab_size, sound) for teacher in stage.teachers]
+    known = [size for size in sizes if size is not None]
+    return layout_of(stage, min(known)) if known else None
+
+
+def vocabulary_ahead(
+    recipe: Recipe,
+    model: CheckpointStudentConfig | StageStudentConfig,
+    vocab_size: int | None,
+    sound: Collection[Path] | None,
+) -> int | None:
+    """Rows of a model's output head: of a directory, or of what a stage leaves; None where that is not known."""
+    from edgewright.compress.teacher_notes import vocabulary_of
+
+    if isinstance(model, CheckpointStudentConfig):
+        return vocabulary_of(model.model) if sound is None or model.model in sound else None
+    stage = recipe.stage(model.stage)
+    assert stage is not None, "the recipe was checked"
+    source = source_of(stage.student)
+    return vocab_size if source is None else vocabulary_ahead(recipe, source, vocab_size, sound)
 
 
 def known_key(recipe: Recipe) -> dict[str, Any]:

@@ -124,6 +124,8 @@ class _Checker:
         """What the stages leave that could begin."""
         self.smaller: dict[str, int] = {}
         """Parameters that stages leave whose methods change the shape of the model."""
+        self.caches = 0
+        """Bytes of targets that are to be written, about."""
         self._key: dict[str, Any] | None = None
         """What is known of the data for caches, once one was asked for."""
 
@@ -276,12 +278,11 @@ class _Checker:
 
     def _making(self, stage: CacheStageConfig | GenerateStageConfig) -> Iterator[str]:
         """A stage that trains nothing: whether its teachers speak the data's tokens, and what it will make."""
-        from edgewright.ahead import check_context
-        from edgewright.compress.cache_stage import layout_of
+        from edgewright.ahead import check_context, check_kept
         from edgewright.compress.prompts import check_prompts
-        from edgewright.compress.teacher_notes import vocabulary_of
         from edgewright.data import PretrainedTokenizer
         from edgewright.data.tokenizer import load_encoder
+        from edgewright.planner.cached import guessed_bytes
 
         yield f"{stage.type}, {len(stage.teachers)} teacher{'s' if len(stage.teachers) > 1 else ''}"
         if stage.type == "generate":
@@ -295,8 +296,9 @@ class _Checker:
         ]
         for model in sound:
             yield from self._same_tokens(model, f"teacher of stage {stage.name}")
-            if stage.type == "cache":
-                layout_of(stage, vocabulary_of(model))
+        if stage.type == "cache":
+            layout = check_kept(self.recipe, stage, self.vocab_size, sound=self.sound)
+            self.caches += 0 if layout is None else guessed_bytes(self.recipe, stage, layout)
 
     def _cached(self, stage: StageConfig) -> str | None:
         """Whether a cache that another run made is there, of this data, and of use to the losses; what is not known.
@@ -403,7 +405,7 @@ class _Checker:
         )
 
     def _disk(self) -> Iterator[str]:
-        """Space for the checkpoints of the largest stage, every stage's model and every export."""
+        """Space for the checkpoints of the largest stage, every stage's model and every export, and for caches."""
         largest = max(
             (
                 (stage.training.keep_checkpoints + 1) * self.parameters.get(stage.name, 0)
@@ -412,7 +414,7 @@ class _Checker:
             default=0,
         )
         models = (len(self.recipe.trainings) + len(self.recipe.exports)) * max(self.parameters.values(), default=0) * 4
-        needed = math.ceil(RESERVE * (largest * BYTES_PER_PARAMETER + models))
+        needed = math.ceil(RESERVE * (largest * BYTES_PER_PARAMETER + models + self.caches))
         folder = self.recipe.run_directory.absolute()
         while not folder.exists():
             folder = folder.parent
@@ -422,7 +424,7 @@ class _Checker:
                 "EW-403",
                 "the disk is too small for this run",
                 where=self.recipe.run_directory.absolute(),
-                expected=f"{needed:,} bytes free for checkpoints, models and exports",
+                expected=f"{needed:,} bytes free for checkpoints, models, exports and caches",
                 found=f"{free:,} bytes free",
                 fix="free space, choose another output_dir, or lower training.keep_checkpoints",
             )

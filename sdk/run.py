@@ -162,13 +162,15 @@ class _Run:
 
     def _look_ahead(self, corpus: Corpus) -> None:
         """Refuse now what would stop a later stage."""
-        from edgewright.ahead import check_context
+        from edgewright.ahead import check_context, check_kept
         from edgewright.data.tokenizer import load_encoder
         from edgewright.preview import check_stages
 
         for stage in self.recipe.stages:
             if stage.type == "generate":
                 check_context(self.recipe, stage, encoder=load_encoder(corpus.tokenizer_dir))
+            elif stage.type == "cache":
+                check_kept(self.recipe, stage, corpus.vocab_size)
         folders = {stage.name: self.directory / "stages" / stage.name for stage in self.recipe.trainings}
         finished = {name: folder / "model" for name, folder in folders.items() if (folder / "done.json").exists()}
         if len(finished) < len(folders):

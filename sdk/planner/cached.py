@@ -99,6 +99,16 @@ def plan_cache(recipe: Recipe, stage: CacheStageConfig, vocab_size: int, *, shar
     )
 
 
+def guessed_bytes(recipe: Recipe, stage: CacheStageConfig, layout: Layout) -> int:
+    """About what a cache stage has still to write, without reading text or teacher: by the size of the files."""
+    from edgewright.compress.cache import FOLDER
+
+    each = layout.bytes_per_token(min(USUAL_ENTRIES, layout.most), recipe.data.sequence_length)
+    folder = recipe.run_directory / "stages" / stage.name / FOLDER
+    there = sum(path.stat().st_size for path in folder.glob("*.targets"))
+    return max(0, round(_guessed(recipe, layout.vocab_size).tokens * each) - there)
+
+
 def _entries(stage: CacheStageConfig, layout: Layout, batches: Batches, most: float) -> tuple[float, int]:
     """Different tokens that the draws give on average, and on how many tokens that was seen: about `most`."""
     import torch

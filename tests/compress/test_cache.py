@@ -421,6 +421,24 @@ def test_k_above_the_vocabulary_is_refused_before_anything_is_read(tmp_path: Pat
     with pytest.raises(RecipeError) as raised:
         edgewright.run(recipe, f"output_dir={tmp_path / 'run'}", say=lambda line: None)
     assert raised.value.code == "EW-795" and "300" in str(raised.value.expected)
+    (error,) = check(recipe, f"output_dir={tmp_path / 'other'}").errors
+    assert (error.code, error.expected) == ("EW-795", raised.value.expected)
+
+
+def test_check_counts_what_is_still_to_be_written(finished, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+
+    def needed(run: Path, k: int) -> int:
+        settings = f"output_dir={run}", f"stages.said.targets={{type: top_k, k: {k}}}"
+        (error,) = check(finished["top_k"].parent / "tiny.yaml", *settings).errors
+        assert error.code == "EW-403"
+        return int(str(error.expected).split()[0].replace(",", ""))
+
+    written = sum(path.stat().st_size for path in (finished["top_k"] / "stages/said/cache").glob("*.targets"))
+    here, k = finished["top_k"], read_manifest(finished["top_k"] / "stages/said/cache")["layout"]["most"]
+    more = (needed(tmp_path / "a", 5 * k) - needed(tmp_path / "b", k)) / 4 / 1.1  # as a cache of k tokens has
+    assert more == pytest.approx(written, rel=0.3)
+    assert needed(tmp_path / "c", k) - needed(here, k) == pytest.approx(1.1 * written, rel=0.3)
 
 
 def test_a_teacher_that_says_nan_names_the_document(finished, tmp_path) -> None:
