@@ -12,6 +12,8 @@ from edgewright.data.tokenizer import Encoder, load_encoder
 from edgewright.errors import BadInput, RecipeError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from edgewright.export.runtimes.session import Session
 
 
@@ -33,20 +35,17 @@ def check_same_tokens(ours: Path, theirs: Path, *, role: str) -> list[str]:
     if ours.resolve() == theirs.resolve():
         return []
     mine, other = load_encoder(ours), load_encoder(theirs)
-    names = (_by_id(mine), _by_id(other))
-    for token in sorted(names[0].keys() | names[1].keys()):
-        left, right = (each.get(token) for each in names)
-        if left != right and not (left is None and token >= mine.vocab_size):
-            raise _different(ours, theirs, role, f"token {token}", left, right)
-    for what, left_id, right_id in (("end", mine.eos_id, other.eos_id), ("start", mine.start_id, other.start_id)):
-        if left_id != right_id:
-            raise _different(ours, theirs, role, f"the {what} token", names[0][left_id], names[1].get(right_id))
+    table, its = (_table(each.tokenizer) for each in (mine, other))
+    found = first_other_token(table, its)
+    if found is None:  # the data may use what the model does not have
+        beyond = ((token, text) for token, text in enumerate(table[len(its) :], len(its)) if text is not None)
+        found = next((OtherToken(token, text, None) for token, text in beyond), None)
+    if found is not None:
+        raise _different(ours, theirs, role, f"token {found.id}", found.target, found.draft)
+    for what, left, right in (("end", mine.eos_id, other.eos_id), ("start", mine.start_id, other.start_id)):
+        if left != right:
+            raise _different(ours, theirs, role, f"the {what} token", table[left], its[right])
     return _notes(mine, other, theirs, role)
-
-
-def _by_id(encoder: Encoder) -> dict[int, str]:
-    vocabulary = encoder.tokenizer.get_vocab(with_added_tokens=True)
-    return {token: text for text, token in vocabulary.items()}
 
 
 def _different(ours: Path, theirs: Path, role: str, what: str, left: str | None, right: str | None) -> RecipeError:
@@ -54,8 +53,8 @@ def _different(ours: Path, theirs: Path, role: str, what: str, left: str | None,
         "EW-130",
         f"the {role} has another tokenizer than the data: {what} is not the same",
         where=theirs.absolute(),
-        expected=f"{left!r} as in {ours}",
-        found=repr(right) if right is not None else "no such token",
+        expected=f"{quoted(left)} as in {ours}",
+        found=quoted(right),
         fix=f"give the data the model's tokenizer: data.tokenizer={{type: pretrained, path: {theirs}}}",
     )
 
@@ -123,7 +122,11 @@ def token_table(path: Path) -> list[str | None]:
         return token_texts(path)
     from edgewright.export.tokenizer_files import open_tokenizer
 
-    texts = open_tokenizer(path).get_vocab(with_added_tokens=True)
+    return _table(open_tokenizer(path))
+
+
+def _table(tokenizer: Tokenizer) -> list[str | None]:
+    texts = tokenizer.get_vocab(with_added_tokens=True)
     table: list[str | None] = [None] * (1 + max(texts.values(), default=-1))
     for text, token in texts.items():
         table[token] = text
@@ -162,7 +165,7 @@ def check_draft_table(target: Sequence[str | None], draft: Sequence[str | None],
 
 @dataclass(frozen=True, slots=True)
 class OtherToken:
-    """An id behind which target and draft have other texts; None is no token."""
+    """An id behind which two models, the second of them a draft or a teacher, have other texts; None is no token."""
 
     id: int
     target: str | None
