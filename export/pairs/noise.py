@@ -3,7 +3,8 @@
 A runtime reads one token with other kernels than several, and sums in another order: the same logit comes out a little
 differently. If the two first choices are closer than that, either is right. How far logits move is measured with the
 target itself, on the text before the difference (`speculative/divergence.py`): token by token, as plain decoding reads
-it, and in groups of 2 to gamma + 1, as verification does.
+it, and in groups of 2 to gamma + 1, as verification does; and where that changes nothing, in a session that rounds
+otherwise (`Session.twin`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ def judged(
     position = next((place for place, (one, other) in pairs if one != other), min(len(plain), len(drafted)))
     text = [*prompt, *plain[:position]]
     singly = evaluated(target, prompt, text, 1).astype(np.float64)
-    noise = max(float(np.abs(evaluated(target, prompt, text, width) - singly).max()) for width in range(2, gamma + 2))
+    others = [evaluated(target, prompt, text, width) for width in range(2, gamma + 2)]
+    twin = target.twin()
+    if twin is not None:
+        with twin:
+            others.append(evaluated(twin, prompt, text, 1))
+    noise = max(float(np.abs(other - singly).max()) for other in others)
     row = singly[-1]
     one, other = (_token_at(tokens, position, row, target.eos_ids) for tokens in (plain, drafted))
     margin = float(row.max() - min(row[one], row[other]))

@@ -32,6 +32,11 @@ EXACT = {"EXECUTION_MODE_HINT": "ACCURACY", "KV_CACHE_PRECISION": "f32", "DYNAMI
 FAST = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"}
 """The settings for files of codes."""
 
+OTHERWISE = {"KV_CACHE_PRECISION": "f32"}
+"""What a twin has instead: no more than the rounding of the cache to float16 changes, and with it which of two codes an
+activation is rounded to. As much lies between the pipelines, whose attention is another one than `append` has; that
+gives the same logits in pieces of any width."""
+
 CODES = ("u2", "i4", "u4", "i8", "u8")
 """The types that hold codes."""
 
@@ -217,6 +222,13 @@ class OpenVinoSession(Session):
             except RuntimeError as error:
                 raise _cannot_open(self.path, error) from error
         return self._pipelines[key]
+
+    def twin(self) -> OpenVinoSession | None:
+        if self.capabilities.fp32_compute:
+            return None
+        found = OpenVinoSession(self.path)
+        found._settings = self._settings | OTHERWISE
+        return found
 
     def tokenize(self, text: str) -> list[int]:
         # Not the tokenizer model: it parses special tokens in the text.

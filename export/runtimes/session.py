@@ -118,6 +118,11 @@ class Session(ABC):
                 takes none.
         """
 
+    def twin(self) -> Session | None:
+        """The same file in a session of its own that rounds a little otherwise, to show how far that moves logits; None
+        where `append` shows it, with more tokens at a time or fewer."""
+        return None
+
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Tokens of plain text: special tokens in it are not parsed, no BOS is added."""
