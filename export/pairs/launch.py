@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 README = "LAUNCH.md"
+NEW_TOKENS = 200
+"""That are written where a user does not say how many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ import onnxruntime_genai as og
 model = og.Model("THIS FOLDER")
 tokenizer = og.Tokenizer(model)
 parameters = og.GeneratorParams(model)
-parameters.set_search_options(max_length=200)
+parameters.set_search_options(max_length={NEW_TOKENS})  # the prompt's included
 # parameters.set_speculative_options(max_draft_tokens={launch.gamma})  # 1 to 16
 generator = og.Generator(model, parameters)
 generator.append_tokens(tokenizer.encode("Once upon a time"))
@@ -58,7 +60,7 @@ print(tokenizer.decode(generator.get_sequence(0)), generator.get_speculative_sta
 
 
 def _openvino(launch: Launch) -> dict[str, str]:
-    script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time"
+    script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time" {NEW_TOKENS}
 
 Needs: pip install openvino-genai openvino-tokenizers. The target's settings are the draft's as well.
 """
@@ -73,7 +75,7 @@ settings = {{"INFERENCE_PRECISION_HINT": "f32"}}
 draft = openvino_genai.draft_model(str(here / "{launch.draft}"), "CPU", **settings)
 pipeline = openvino_genai.LLMPipeline(str(here / "{launch.target}"), "CPU", draft_model=draft, **settings)
 config = pipeline.get_generation_config()
-config.max_new_tokens = 200
+config.max_new_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else {NEW_TOKENS}
 config.num_assistant_tokens = {launch.gamma}  # or assistant_confidence_threshold, not both
 result = pipeline.generate([sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"], config)
 print(result.texts[0])
@@ -84,7 +86,8 @@ print(f"accepted {{metrics.get_num_accepted_tokens()}} of {{metrics.get_num_draf
         "launch.py": script,
         README: f"""# A target and its draft for OpenVINO GenAI
 
-`python launch.py "a prompt"` runs the two folders `{launch.target}/` and `{launch.draft}/`; in your own code:
+`python launch.py "a prompt" {NEW_TOKENS}` (how many new tokens, which may be left out) runs the two folders
+`{launch.target}/` and `{launch.draft}/`; in your own code:
 `LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))`, and in the generation config
 `num_assistant_tokens = {launch.gamma}`. One text at a time, no beams.
 """,
@@ -107,7 +110,7 @@ llama-server {flags} {new}{whole}
 ```
 
 Builds before `--spec-type` came: `llama-server {flags} {old}{whole}`, and for a single text
-`llama-speculative {flags} {old}{whole} -p "Once upon a time" -n 200`.
+`llama-speculative {flags} {old}{whole} -p "Once upon a time" -n {NEW_TOKENS}`.
 {window}
 From Python: `edgewright generate THIS_FOLDER --prompt ...`, or `edgewright.open_session(THIS_FOLDER)`;
 llama-cpp-python's own `draft_model=` takes no second model.
@@ -121,7 +124,7 @@ def vllm_config(launch: Launch) -> dict[str, object]:
 
 
 def _hf(launch: Launch) -> dict[str, str]:
-    script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time"
+    script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time" {NEW_TOKENS}
 
 The draft's generation_config.json holds how many tokens it proposes.
 """
@@ -137,7 +140,8 @@ target = AutoModelForCausalLM.from_pretrained(here / "{launch.target}")
 draft = AutoModelForCausalLM.from_pretrained(here / "{launch.draft}")
 prompt = tokenizer(sys.argv[1] if len(sys.argv) > 1 else "Once upon a time", return_tensors="pt")
 inputs = {{"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"]}}
-found = target.generate(**inputs, assistant_model=draft, max_new_tokens=200, do_sample=False)
+new = int(sys.argv[2]) if len(sys.argv) > 2 else {NEW_TOKENS}
+found = target.generate(**inputs, assistant_model=draft, max_new_tokens=new, do_sample=False)
 print(tokenizer.decode(found[0], skip_special_tokens=True))
 '''
     config = json.dumps(vllm_config(launch))
@@ -146,10 +150,11 @@ print(tokenizer.decode(found[0], skip_special_tokens=True))
         "vllm.json": json.dumps(vllm_config(launch), indent=2) + "\n",
         README: f"""# A target and its draft for transformers and vLLM
 
-transformers: `python launch.py "a prompt"`, or `target.generate(..., assistant_model=draft)`. The draft's
-`generation_config.json` says `num_assistant_tokens: {launch.gamma}`, schedule `constant`, and
-`assistant_confidence_threshold: 0`: without the last, transformers 5 stops drafting where the draft is unsure, and with
-scikit-learn learns when. One text at a time, no beams. Do not give `assistant_tokenizer`: both have the same.
+transformers: `python launch.py "a prompt" {NEW_TOKENS}` (how many new tokens, which may be left out), or
+`target.generate(..., assistant_model=draft)`. The draft's `generation_config.json` says
+`num_assistant_tokens: {launch.gamma}`, schedule `constant`, and `assistant_confidence_threshold: 0`: without the last,
+transformers 5 stops drafting where the draft is unsure, and with scikit-learn learns when. One text at a
+time, no beams. Do not give `assistant_tokenizer`: both have the same.
 
 vLLM, in this folder (`vllm.json` holds the same):
 

@@ -130,6 +130,8 @@ class TorchSession(Session):
         prompt = torch.tensor([list(tokens)])
         self.rewind(0)
         rounds = None if draft is None else _Rounds(self.model, len(tokens))
+        logger = logging.getLogger("transformers.generation.utils")
+        logger.addFilter(_asked_by_us)
         try:
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -141,6 +143,7 @@ class TorchSession(Session):
                     streamer=rounds,
                 )
         finally:
+            logger.removeFilter(_asked_by_us)
             if rounds is not None:
                 rounds.end()
         self.drafted = None if rounds is None else rounds.counts
@@ -165,6 +168,12 @@ class TorchSession(Session):
     def close(self) -> None:
         self._model = None
         self._cache = DynamicCache()
+
+
+def _asked_by_us(record: logging.LogRecord) -> bool:
+    """A filter: transformers warns of how its own assisted generation asks the draft, about which no user can do
+    anything."""
+    return "`generation_config` together with" not in str(record.msg)
 
 
 class _Rounds(BaseStreamer):
