@@ -21,6 +21,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,7 @@ def exported(model: Path, to: str, quant: str, folder: Path) -> Path:
 def measure(*, target: str, draft: str, prompts: int, tokens: int, context: int) -> dict[str, Any]:
     """In a process of its own: acceptance on one half of the prompts, speed on the other."""
     from edgewright.export.runtimes import open_session
+    from edgewright.export.runtimes.spinning import SETTLE_SECONDS
     from edgewright.machine import available_cores
     from edgewright.speculative import Counts, DraftModel, Sampler, decode, plain
     from edgewright.speculative.prompts import held_out_prompts
@@ -176,7 +178,14 @@ def measure(*, target: str, draft: str, prompts: int, tokens: int, context: int)
     with (
         open_session(target, threads=available_cores(), shares_cores=True) as judge,
         open_session(draft, threads=available_cores(), shares_cores=True) as helper,
+        open_session(target, threads=available_cores()) as alone,
     ):
+
+        def plainly(text: Sequence[int]) -> float:
+            found = plain(alone, text, max_new_tokens=tokens, sampler=sampler, stop_at_eos=False)
+            time.sleep(SETTLE_SECONDS)
+            return found.seconds
+
         texts = [judge.tokenize(prompt.text)[: context - 1] for prompt in held_out_prompts(2 * prompts)]
         texts = [[judge.start_id, *text] for text in texts]
         proposer = DraftModel(helper, sampler)
@@ -188,7 +197,7 @@ def measure(*, target: str, draft: str, prompts: int, tokens: int, context: int)
         for text in texts[::2]:
             counts += speculative(text, max(GAMMAS)).counts
         seconds = dict.fromkeys((0, *GAMMAS), 0.0)
-        plain(judge, texts[1], max_new_tokens=tokens, sampler=sampler, stop_at_eos=False)
+        plainly(texts[1])
         for number, text in enumerate(texts[1::2]):
             order = list(seconds)
             for gamma in order if number % 2 else reversed(order):
@@ -197,7 +206,7 @@ def measure(*, target: str, draft: str, prompts: int, tokens: int, context: int)
                     seconds[gamma] += decoded.seconds
                     timed += decoded.counts if gamma == max(GAMMAS) else Counts()
                 else:
-                    seconds[0] += plain(judge, text, max_new_tokens=tokens, sampler=sampler, stop_at_eos=False).seconds
+                    seconds[0] += plainly(text)
     return {
         "by_position": _rates(counts),
         "of_timed_text": _rates(timed),

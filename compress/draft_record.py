@@ -36,6 +36,23 @@ class DraftRecord:
     prompts: tuple[tuple[int, ...], ...]
     """Of held-out documents; none in files of older versions, and where the target wrote nothing greedily."""
 
+    def of_another(self, target: Path) -> bool:
+        """Whether a target is known to be, or to be made from, other weights than those that the draft was aligned to.
+
+        Of a file without a manifest that is not known, nor of one on a lattice: there the hash is over its codes too.
+        """
+        from edgewright.export.artifact import read_entry
+        from edgewright.export.weight_hash import weights_sha256
+
+        if self.target_sha256 is None:
+            return False
+        entry = read_entry(target)
+        if entry is None:
+            return target.is_dir() and weights_sha256(target) != self.target_sha256
+        made_from = entry.get("made_from")
+        known = made_from.get("sha256") if isinstance(made_from, dict) and not entry.get("lattice") else None
+        return known is not None and known != self.target_sha256
+
 
 def read_draft_record(draft: Path) -> DraftRecord | None:
     """What `draft.json` in this folder says; None where there is none.
@@ -57,6 +74,20 @@ def read_draft_record(draft: Path) -> DraftRecord | None:
             found=error,
             fix="give --acceptance, or train the draft again",
         ) from None
+
+
+def record_for(draft: Path, target: Path) -> DraftRecord | None:
+    """What `draft.json` says of these two; None too where it speaks of another target.
+
+    Args:
+        draft: its checkpoint.
+        target: a checkpoint, or what was exported.
+
+    Raises:
+        BadInput: EW-864, it says what cannot be.
+    """
+    record = read_draft_record(draft)
+    return None if record is None or record.of_another(target) else record
 
 
 def _record(found: dict[str, Any]) -> DraftRecord:

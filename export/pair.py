@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.compress.draft_record import DraftRecord, read_draft_record
+from edgewright.compress.draft_record import DraftRecord, record_for
 from edgewright.errors import GateFailed
 from edgewright.export.artifact import Artifact, settled_hash_of, size_of, write_entry
 from edgewright.export.onnx.decoder import has_windows
@@ -31,14 +30,14 @@ from edgewright.export.runtimes.torch_session import TorchSession
 from edgewright.export.source import Source, load_source
 from edgewright.export.staging import folder, staged, swap
 from edgewright.export.targets import Made, check_runtime, check_target, make, occupied, replaceable
-from edgewright.export.weight_hash import weights_sha256
 from edgewright.files import disk_errors
+from edgewright.inventory import weight_bytes
 
 if TYPE_CHECKING:
     from edgewright.export.parity import Parity
 
 MAX_PROMPTS = 16
-"""Prompts of a user that are decoded, the first ones; of training's there are no more."""
+"""Prompts of a user that are decoded, evenly from all files; of training's there are no more."""
 MAX_PROMPT_TOKENS = 256
 """The end of a longer prompt is what is decoded from, and of one that leaves no room in the context."""
 
@@ -96,8 +95,8 @@ def export_pair(
             say("decoding with the pair")
             bundle = bundle_of(place)
             assert bundle is not None
-            record = _record(target, draft)
-            bundle = replace(bundle, prompts=_prompts(bundle, record, options.prompts, threads))
+            record = record_for(draft.directory, target.directory)
+            bundle = replace(bundle, prompts=prompts_for(bundle, record, options.prompts, threads))
             certificate = certify_bundle(bundle, target, draft, record=record, threads=threads)
             _refuse_failed(certificate, target)
             entry |= {"prompts": bundle.prompts, "pair": certificate.to_json(), "gate": certificate.gate}
@@ -133,31 +132,26 @@ def certify_bundle(
             raise damaged(bundle.path, f"token {unknown[0]} in prompts, of {session.vocab_size:,} tokens")
     expected = _expected(target, draft, record, prompts, bundle, threads)
     peak = peak_memory_of(bundle.path, threads=threads)
-    ratio = size_of(bundle.draft) / size_of(bundle.target)
+    ratio = weight_bytes(bundle.draft) / weight_bytes(bundle.target)
     with open_pair(bundle, threads=threads) as session:
         return certify(session, prompts, cost_ratio=ratio, expected=expected, peak_memory=peak)
 
 
-def _prompts(
+def prompts_for(
     bundle: Bundle, record: DraftRecord | None, files: Sequence[Path], threads: int | None
 ) -> tuple[tuple[int, ...], ...]:
     """What to certify a pair on: the user's prompts, or what the draft's acceptance was measured on in training; none
     for the built-in ones."""
-    from edgewright.speculative.prompts import read_prompts
+    from edgewright.speculative.prompts import evenly, read_prompts
 
     with open_pair(bundle, threads=threads) as session:
         if files:
-            found = [session.tokenize(prompt.text) for prompt in islice(read_prompts(files), MAX_PROMPTS)]
+            texts = evenly(read_prompts(files, limit=MAX_PROMPTS), MAX_PROMPTS)
+            found = [session.tokenize(prompt.text) for prompt in texts]
         else:
             found = [list(prompt) for prompt in record.prompts] if record else []
         most = max(1, min(MAX_PROMPT_TOKENS, session.context_length - NEW_TOKENS - 1))
         return tuple((session.start_id, *tokens[-most:]) for tokens in found)
-
-
-def _record(target: Source, draft: Source) -> DraftRecord | None:
-    """What the draft's `draft.json` says, if it was aligned to this very target."""
-    record = read_draft_record(draft.directory)
-    return record if record and record.target_sha256 == weights_sha256(target.directory) else None
 
 
 def _expected(
@@ -275,7 +269,7 @@ def verify_pair(
         check_pair(bundle.to, source, other, bundle.gamma)
         beside = verify(bundle.draft, against=other.directory, max_kl=max_kl, threads=threads)
         reasons += [f"the draft: {reason}" for reason in beside.reasons]
-    record = None if other is None else _record(source, other)
+    record = None if other is None else record_for(other.directory, source.directory)
     certificate = certify_bundle(bundle, source, other, record=record, threads=threads)
     reasons += certificate.reasons
     return replace(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from edgewright._verbs import VerbModule
 from edgewright.errors import RecipeError
+from edgewright.export.runtimes.spinning import SETTLE_SECONDS
 from edgewright.inventory import ModelFile, describe_model
 from edgewright.machine import available_cores, describe_machine
 from edgewright.worker import WorkerProcess
@@ -26,7 +27,6 @@ Loop = Literal["steps", "native"]
 WORKER_COMMAND = (sys.executable, "-P", "-m", "edgewright.bench_worker")
 FEWEST_REPEATS_TO_TRUST = 5
 SPREAD_ALLOWED = 0.15  # standard deviation of tokens/s, as a share of the mean
-SETTLE_SECONDS = 0.1  # lets the threads of the runtime that was measured last go to sleep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

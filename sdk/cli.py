@@ -251,7 +251,12 @@ def export(
     draft_quant: Annotated[str | None, typer.Option(help="Width of the draft; --quant by default.")] = None,
     draft_embedding_quant: Annotated[str | None, typer.Option(help="Width of the draft's embedding and head.")] = None,
     gamma: Annotated[int | None, typer.Option(help="Tokens that the draft proposes in a round; 4 by default.")] = None,
-    prompts: Annotated[list[Path] | None, typer.Option(help="Files of prompts that the pair is certified on.")] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Prompts that the pair is certified on, 16 evenly from all files; may be given several times."
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

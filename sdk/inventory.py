@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from edgewright.errors import BadInput
@@ -53,7 +55,7 @@ def describe_model(path: str | Path) -> ModelFile:
     if runtime is not None:
         size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
         return _plain(path, TARGET_OF[runtime], size)
-    weights = sorted(each for each in path.glob("*.safetensors") if each.name != LATTICE_SIDECAR)
+    weights = _weight_files(path)
     if (path / "config.json").is_file() and weights:
         size = sum(each.stat().st_size for each in weights)
         return ModelFile(path=path, to="hf", quant=_main_dtype(weights), bytes=size, gate=None)
@@ -66,6 +68,48 @@ def describe_model(path: str | Path) -> ModelFile:
         found=f"several GGUF files: {several}" if several else None,
         fix="name one of them" if several else None,
     )
+
+
+def weight_bytes(path: str | Path) -> int:
+    """Bytes of the weights that a model is computed with: what decoding reads for each token. Of a bundle the target's.
+
+    A Hugging Face directory is computed in float32, whatever it is stored in, unless its weights are packed. In all
+    other files it is what they hold, without the tokenizers and settings beside them.
+
+    Raises:
+        BadInput, Unsafe: what the guard refuses; EW-390, as `describe_model`.
+    """
+    from edgewright.export.runtimes.opening import runtime_of
+
+    describe_model(path)
+    runtime, file = runtime_of(Path(path))
+    return _WEIGHT_BYTES[runtime](file)
+
+
+def _of_directory(path: Path) -> int:
+    files = _weight_files(path)
+    packed = json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config") is not None
+    return sum(end - begin if packed else 4 * prod(shape) for _, shape, begin, end in _tensors(files))
+
+
+def _of_gguf(path: Path) -> int:
+    from edgewright.export.gguf.file import open_gguf
+
+    return sum(tensor.data.nbytes for tensor in open_gguf(path).tensors.values())
+
+
+def _of_files(pattern: str) -> Callable[[Path], int]:
+    return lambda path: sum(file.stat().st_size for file in path.glob(pattern))
+
+
+_WEIGHT_BYTES: Mapping[str, Callable[[Path], int]] = {
+    "torch": _of_directory,
+    "llamacpp": _of_gguf,
+    "genai": _of_files("*.onnx*"),
+    "onnx": _of_files("*.onnx*"),
+    "openvino": _of_files("openvino_model.bin"),
+}
+"""By runtime."""
 
 
 def _single_gguf(path: Path) -> Path | None:
@@ -97,18 +141,27 @@ def _plain(path: Path, to: str, size: int) -> ModelFile:
     return ModelFile(path=path, to=to, quant=None, bytes=size, gate=None)
 
 
-def _main_dtype(weights: list[Path]) -> str:
-    """The width that most bytes of the safetensors files are stored in."""
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(each for each in path.glob("*.safetensors") if each.name != LATTICE_SIDECAR)
+
+
+def _tensors(weights: list[Path]) -> Iterator[tuple[str, list[int], int, int]]:
+    """Type, shape, and where they begin and end, of the tensors of safetensors files."""
     from edgewright.export.guard import check_safetensors
 
-    stored: Counter[str] = Counter()
     for file in weights:
         check_safetensors(file)
         with file.open("rb") as stream:
             header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
         header.pop("__metadata__", None)
         for tensor in header.values():
-            begin, end = tensor["data_offsets"]
-            stored[tensor["dtype"]] += end - begin
+            yield tensor["dtype"], tensor["shape"], *tensor["data_offsets"]
+
+
+def _main_dtype(weights: list[Path]) -> str:
+    """The width that most bytes of the safetensors files are stored in."""
+    stored: Counter[str] = Counter()
+    for dtype, _, begin, end in _tensors(weights):
+        stored[dtype] += end - begin
     dtype = max(stored, key=lambda each: stored[each]) if stored else "F32"
     return WIDTH_OF_DTYPE.get(dtype, dtype.lower())

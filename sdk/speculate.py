@@ -53,7 +53,8 @@ class Speculation:
     Args:
         target, draft: as they were given.
         runtimes: what ran the two.
-        cost_ratio: bytes of the draft / bytes of the target: c of `mbsu`. None without a draft.
+        cost_ratio: bytes of the draft's weights / of the target's (`inventory.weight_bytes`): c of `mbsu`. None without
+            a draft.
         measured_cost_ratio: time per token of the draft alone / of the target alone: c of `mbsu_measured`.
         rows: each proposer with each gamma over all prompts; where there are several sets also over each.
         divergences: greedy texts that are not the plain ones.
@@ -150,7 +151,7 @@ def speculate(
         BadInput: EW-802, a runtime that cannot take part; EW-806, EW-807, files without prompts; EW-808, a prompt that
             does not fit into the context; and whatever opening the models raises.
     """
-    from edgewright.export.runtimes import open_session
+    from edgewright.export.runtimes import open_session, spinning
     from edgewright.speculative.contest import Contest, Settings
     from edgewright.speculative.trouble import check_session
     from edgewright.vocabulary import check_draft
@@ -181,7 +182,10 @@ def speculate(
         if helper is not None:
             check_session(helper, "draft")
             notes = [*check_draft(judge, helper), *notes]
-        contest = Contest(judge, helper, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=ratio)
+        alone = None
+        if beside and judge.runtime in spinning.RUNTIMES:
+            alone = stack.enter_context(open_session(Path(target), threads=threads))
+        contest = Contest(judge, helper, gammas=gammas, ngram=ngram, settings=settings, cost_ratio=ratio, alone=alone)
         contest.run(asks, say=say)
         rows = contest.rows()
         return Speculation(
@@ -235,24 +239,24 @@ def _check_numbers(
 
 
 def _cost_ratio(target: Path, draft: Path) -> float:
-    """Bytes of the draft / bytes of the target.
+    """Bytes of the draft's weights / of the target's, as their runtimes compute with them.
 
     Raises:
-        RecipeError: EW-804, the draft is larger.
+        RecipeError: EW-804, the draft's are more.
     """
-    from edgewright.inventory import describe_model
+    from edgewright.inventory import weight_bytes
 
-    ours, theirs = describe_model(target), describe_model(draft)
-    if theirs.bytes > ours.bytes:
+    ours, theirs = weight_bytes(target), weight_bytes(draft)
+    if theirs > ours:
         raise RecipeError(
             "EW-804",
             "the draft is larger than the target, so that it can only slow it down",
             where=draft.absolute(),
-            expected=f"less than the target's {ours.bytes:,} bytes",
-            found=f"{theirs.bytes:,} bytes",
+            expected=f"at most the {ours:,} bytes of weights that the target reads for a token",
+            found=f"{theirs:,} bytes",
             fix="exchange the two, or export the draft in a smaller width",
         )
-    return theirs.bytes / ours.bytes
+    return theirs / ours
 
 
 def _asks(

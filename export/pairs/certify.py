@@ -18,6 +18,7 @@ from typing import Any, Literal
 from edgewright.errors import BadInput
 from edgewright.export.gate.texts import REAL
 from edgewright.export.pairs.noise import judged
+from edgewright.export.runtimes import spinning
 from edgewright.export.runtimes.pair import PairSession
 from edgewright.export.runtimes.session import Session
 from edgewright.speculative.counts import Counts
@@ -53,7 +54,7 @@ class Certificate:
     by_position: list[float | None]
     """Acceptance at each position where all before it were accepted; empty where the runtime does not tell."""
     cost_ratio: float
-    """Bytes of the draft over bytes of the target: what a pass of the draft costs where all wait for the memory."""
+    """Bytes of the draft's weights over those of the target's: what its pass costs where all wait for the memory."""
     mbsu: float | None
     """block_efficiency / (cost_ratio * drafted_per_round + 1)."""
     plain_tokens_per_s: float
@@ -106,7 +107,7 @@ def certify(
     Args:
         pair: open in its runtime.
         prompts: each at least one token; such that do not fit are left out.
-        cost_ratio: bytes of the draft over bytes of the target.
+        cost_ratio: bytes of the draft's weights over those of the target's.
         expected: what to hold the acceptance against.
         peak_memory: measured elsewhere (`peak.py`).
         new_tokens: that follow each prompt, at most.
@@ -198,16 +199,19 @@ class _Turn:
 def _turn(pair: PairSession, prompt: list[int], count: int) -> _Turn:
     start = time.perf_counter()
     plain = pair.target.native_generate(prompt, count)
-    middle = time.perf_counter()
+    plain_seconds = time.perf_counter() - start
+    if pair.runtime in spinning.RUNTIMES:
+        time.sleep(spinning.SETTLE_SECONDS)  # the threads of the target alone still spin, in the way of the pair's
+    start = time.perf_counter()
     drafted = pair.native_generate(prompt, count)
-    end = time.perf_counter()
+    seconds = time.perf_counter() - start
     assert pair.drafted is not None
     return _Turn(
         prompt=prompt,
         plain=plain,
         drafted=drafted,
-        plain_seconds=middle - start,
-        seconds=end - middle,
+        plain_seconds=plain_seconds,
+        seconds=seconds,
         counts=pair.drafted,
     )
 

@@ -11,6 +11,7 @@ from edgewright.errors import BadInput
 from edgewright.export.genai.pair import check_genai_pair
 from edgewright.export.guard import check_genai_folder, check_not_archive, check_onnx_folder, check_openvino_folder
 from edgewright.export.pairs.bundle import Bundle, bundle_of
+from edgewright.export.runtimes import spinning
 from edgewright.export.runtimes.pair import PairSession
 from edgewright.export.runtimes.session import Session
 
@@ -28,9 +29,6 @@ MARKERS = {"genai_config.json": "genai", "openvino_model.xml": "openvino", "mode
 
 CHECKS = {"genai": check_genai_folder, "onnx": check_onnx_folder, "openvino": check_openvino_folder}
 """What must hold before a runtime sees a folder; the other sessions check their files themselves."""
-
-SPINNING = frozenset({"genai", "onnx"})
-"""Runtimes whose sessions can be told that they share the cores (`spinning.py`)."""
 
 TARGET_OF = {"torch": "hf", "llamacpp": "gguf", "genai": "genai", "onnx": "onnx", "openvino": "openvino"}
 """The target whose artifacts a runtime opens."""
@@ -84,7 +82,7 @@ def _open(runtime: str, target: Path, threads: int | None, *, shares_cores: bool
             fix=install,
         )
     kind = vars(importlib.import_module(f"edgewright.export.runtimes.{module}"))[name]
-    settings = {"shares_cores": True} if shares_cores and runtime in SPINNING else {}
+    settings = {"shares_cores": True} if shares_cores and runtime in spinning.RUNTIMES else {}
     session: Session = kind(target, threads=threads, **settings)
     return session
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.bench import SPREAD_ALLOWED
 from edgewright.errors import EdgewrightError, RecipeError
+from edgewright.export.runtimes.spinning import SETTLE_SECONDS
 from edgewright.machine import available_cores, describe_machine
 from edgewright.planner.draft_cost import DraftFit, Sample, fit
 from edgewright.planner.speculative import Costs, Times, check_acceptance, check_gamma
@@ -34,7 +35,6 @@ FEWEST, USUAL, MOST = 3, 9, 15
 """Repeats."""
 ROUNDS, MOST_ROUNDS = 2, 6
 """Of the loop in each pattern of a repeat: more where they are quick."""
-SETTLE_SECONDS = 0.1  # lets the threads of the runtime that was measured last go to sleep
 FITTED_DEPTHS = (1, 2, 4)
 """Blocks of the drafts that a fit tells about, at every width that was measured."""
 

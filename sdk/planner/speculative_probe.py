@@ -64,6 +64,8 @@ class Prober:
     """Opens a target and its drafts, and measures all of them as often as it is asked to."""
 
     target: Scripted
+    alone: Scripted
+    """The target as it decodes without a draft, where its threads need not make way for another's."""
     drafts: list[Scripted]
 
     def __init__(self, open_session: Callable[..., Session], clock: Clock = time.perf_counter) -> None:
@@ -75,6 +77,7 @@ class Prober:
         Raises:
             BadInput: EW-802, logits or a cache that cannot be cut back are missing; EW-865, EW-867.
         """
+        from edgewright.export.runtimes import spinning
         from edgewright.speculative.trouble import check_session
 
         paths = [str(request["target"]), *map(str, _list(request["drafts"]))]
@@ -89,6 +92,10 @@ class Prober:
         vocabulary = range(min(session.vocab_size for session in sessions))
         context = random.Random(TOKEN_SEED).choices(vocabulary, k=length)
         self.target, *self.drafts = (Scripted(each, context, shift=0, clock=self._clock) for each in sessions)
+        self.alone = self.target
+        if self.target.runtime in spinning.RUNTIMES:
+            session = self._open_session(Path(paths[0]), threads=threads)
+            self.alone = Scripted(session, context, shift=0, clock=self._clock)
         return {"runtime": self.target.runtime, "context": length}
 
     def round(self, request: Request) -> Reply:
@@ -116,15 +123,19 @@ class Prober:
 
     def _plain(self, count: int) -> tuple[float, float]:
         """Seconds of a step of plain decoding, and of the target in it."""
+        from edgewright.export.runtimes.spinning import SETTLE_SECONDS
         from edgewright.speculative import Sampler, plain
 
-        count = min(count, self.target.context_length - 1)
-        self.target.calls = Calls()
+        target = self.alone
+        count = min(count, target.context_length - 1)
+        target.calls = Calls()
         start = self._clock()
-        plain(self.target, [self.target.start_id], max_new_tokens=count, sampler=Sampler(), stop_at_eos=False)
+        plain(target, [target.start_id], max_new_tokens=count, sampler=Sampler(), stop_at_eos=False)
         seconds = self._clock() - start
-        single = statistics.median(self.target.calls.of(1))
-        return single + (seconds - self.target.calls.total) / count, single
+        if target is not self.target:
+            time.sleep(SETTLE_SECONDS)  # its threads still spin, in the way of the other sessions
+        single = statistics.median(target.calls.of(1))
+        return single + (seconds - target.calls.total) / count, single
 
     def pattern(self, draft: Scripted, gamma: int, accepted: bool, rounds: int) -> Pattern:
         """The loop's own rounds, all drafts accepted or all rejected."""

@@ -273,28 +273,12 @@ def acceptance_of(draft: Path, target: Path) -> tuple[tuple[float, ...], str | N
     record = read_draft_record(draft)
     if record is None or record.agreement is None:
         return (), None
-    if record.target_sha256 is not None and _other_weights(target, record.target_sha256):
+    if record.of_another(target):
         return (), (
             f"draft.json says {record.agreement:.3f}, but of another target than this one: its acceptance here is not "
             "known; measure it with `edgewright speculate`, and give --acceptance"
         )
     return (record.agreement,), None
-
-
-def _other_weights(target: Path, sha256: str) -> bool:
-    """Whether a target is known to be, or to be made from, other weights than those of this hash.
-
-    Of a file without a manifest that is not known, nor of one on a lattice: there the hash is over its codes as well.
-    """
-    from edgewright.export.artifact import read_entry
-    from edgewright.export.weight_hash import weights_sha256
-
-    entry = read_entry(target)
-    if entry is None:
-        return target.is_dir() and weights_sha256(target) != sha256
-    made_from = entry.get("made_from")
-    known = made_from.get("sha256") if isinstance(made_from, dict) and not entry.get("lattice") else None
-    return known is not None and known != sha256
 
 
 def _range(values: np.ndarray) -> list[float]:

@@ -7,6 +7,7 @@ slows down slows all of them down, and none has always the place after the same 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -14,6 +15,7 @@ from itertools import groupby
 from operator import add
 from typing import TYPE_CHECKING
 
+from edgewright.export.runtimes.spinning import SETTLE_SECONDS
 from edgewright.speculative.counts import Counts
 from edgewright.speculative.divergence import Divergence, divergence
 from edgewright.speculative.loop import Decoded, decode, plain
@@ -76,7 +78,7 @@ class Row:
         prompts: name of the set; `all` for all of them.
         texts: prompts in it.
         counts: of all their rounds.
-        cost_ratio: bytes of the draft / bytes of the target; 0 for n-grams.
+        cost_ratio: bytes of the draft's weights / of the target's; 0 for n-grams.
         measured_cost_ratio: time of a token that the draft writes alone / of one that the target does, median; None
             where the draft could read no prompt: its context is too short, or it lacks tokens.
         speedup: time per token of plain / of speculative decoding, once the prompt is in the caches; median of prompts.
@@ -139,7 +141,8 @@ class Contest:
         gammas: drafted tokens per round, each a contender.
         ngram: longest n-gram of prompt lookup; None: no such contender.
         settings: how all of them write.
-        cost_ratio: bytes of the draft / bytes of the target.
+        cost_ratio: bytes of the draft's weights / of the target's.
+        alone: the target once more, in a session whose threads need not make way for a draft's: it decodes plainly.
     """
 
     def __init__(
@@ -151,12 +154,14 @@ class Contest:
         ngram: int | None,
         settings: Settings,
         cost_ratio: float | None,
+        alone: Session | None = None,
     ) -> None:
         self.target, self.draft, self.settings = target, draft, settings
+        self._plain_target = target if alone is None else alone
         self.cost_ratio = cost_ratio
         self.asks: list[Ask] = []
         self.plain: list[Decoded] = []
-        self.alone: list[Decoded | None] = []
+        self.drafts_own: list[Decoded | None] = []
         """What the draft wrote without the target, for the price of its tokens."""
         self.contenders: list[Contender] = []
         if draft is not None:
@@ -207,10 +212,13 @@ class Contest:
         contender.texts.append(self._decode(contender, ask, number, self.settings.max_new_tokens))
 
     def _write_alone(self, ask: Ask, number: int) -> None:
-        self.alone.append(self._alone(ask, number))
+        self.drafts_own.append(self._alone(ask, number))
 
     def _plain(self, ask: Ask, number: int, new: int) -> Decoded:
-        return plain(self.target, ask.tokens, max_new_tokens=new, sampler=self.settings.sampler(number))
+        found = plain(self._plain_target, ask.tokens, max_new_tokens=new, sampler=self.settings.sampler(number))
+        if self._plain_target is not self.target:
+            time.sleep(SETTLE_SECONDS)  # its threads still spin, in the way of whoever comes next
+        return found
 
     def _decode(self, contender: Contender, ask: Ask, number: int, new: int) -> Decoded:
         sampler = self.settings.sampler(number)
@@ -279,7 +287,7 @@ class Contest:
         """Time of a token of the draft alone / of the target alone, median over prompts; None where it is not known."""
         pairs = [
             (alone, self.plain[place])
-            for place, alone in enumerate(self.alone)
+            for place, alone in enumerate(self.drafts_own)
             if alone is not None and (places is None or place in places)
         ]
         return statistics.median(step_seconds(one) / step_seconds(other) for one, other in pairs) if pairs else None

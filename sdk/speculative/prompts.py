@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
-from itertools import groupby, islice
+from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ def read_prompts(patterns: Sequence[str | Path], *, limit: int | None = None) ->
             )
         prompts += found
     return prompts
+
+
+def evenly(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """At most so many prompts, in turn the next of each set, so that a long one leaves room for all others."""
+    sets = [list(group) for _, group in groupby(prompts, key=lambda prompt: prompt.set)]
+    turns = (each for turn in zip_longest(*sets) for each in turn if each is not None)
+    return list(islice(turns, most))
 
 
 def held_out_prompts(limit: int) -> list[Prompt]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ from edgewright.bench import bench
 from edgewright.errors import BadInput, EdgewrightError, GateFailed, RecipeError, Unsafe
 from edgewright.export import export
 from edgewright.export.artifact import Artifact, read_entry
+from edgewright.export.pair import prompts_for
 from edgewright.export.pairs import certify as certifying
+from edgewright.export.pairs.bundle import bundle_of
+from edgewright.export.pairs.noise import judged
 from edgewright.export.parity import verify
 from edgewright.export.runtimes import open_session
 from edgewright.export.runtimes.pair import PairSession
@@ -139,6 +144,35 @@ def test_transformers_drafts_as_the_files_say(bundle: Callable[[str], Artifact])
     }  # fmt: skip
 
 
+def test_transformers_own_requests_are_no_warning(
+    bundle: Callable[[str], Artifact], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it passes to a draft it calls deprecated itself."""
+    from transformers.generation import utils
+
+    utils.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"), open_session(bundle("hf").path, threads=1) as session:
+        utils.logger.addHandler(caplog.handler)
+        try:
+            session.native_generate([session.start_id, 5, 6], 6)
+        finally:
+            utils.logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["hf", "openvino"])
+def test_launch_scripts_run(bundle: Callable[[str], Artifact], to: str) -> None:
+    path = bundle(to).path
+    shown = [
+        subprocess.run(
+            [sys.executable, str(path / "launch.py"), PROMPT, *more], capture_output=True, text=True, check=True
+        ).stdout
+        for more in ([], ["5"])
+    ]
+    assert 0 < len(shown[1]) < len(shown[0])
+
+
 @pytest.mark.parametrize("to", WIDTHS)
 def test_launch_files_name_what_is_there(bundle: Callable[[str], Artifact], to: str) -> None:
     path = bundle(to).path
@@ -228,6 +262,17 @@ def test_wrong_tokens_leave_no_folder(
     assert not (tmp_path / "out").exists()
 
 
+def test_openvino_rounds_activations_otherwise_in_its_pipelines(target: Path, tmp_path: Path) -> None:
+    """Its sessions give the same logits in pieces of any width: so they cannot show it."""
+    path = export(target, to="openvino", quant="int8", out=tmp_path / "int8", verify=False).path
+    with open_session(path, threads=1) as session:
+        prompt = [session.start_id, *session.tokenize(PROMPT)]
+        plain = session.native_generate(prompt, 24)
+        other = [*plain[:-1], (plain[-1] + 1) % session.vocab_size]
+        found = judged(session, prompt, plain, other, 4)
+    assert found.position == 23 and 0 < found.noise < 1 and not found.within_noise
+
+
 def test_a_runtime_that_never_drafts_fails(bundle: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle("gguf").path  # certified before the runtime is made to fail
 
@@ -264,6 +309,16 @@ def test_another_acceptance_than_the_checkpoints_raises_the_alarm(bundle: Callab
     assert not near.alarm and far.alarm, "few drafted tokens tell an acceptance near 1 well"
     assert elsewhere.alarm and "at the end of training it was 60.0%" in elsewhere.warnings[0]
     assert any("ALARM" in warning for warning in far.warnings) and far.gate == "passed"
+
+
+def test_a_user_s_files_are_taken_evenly(bundle: Callable[[str], Artifact], tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"one {number}\n" for number in range(40)))
+    (tmp_path / "short.txt").write_text("two\n")
+    found = bundle_of(bundle("gguf").path)
+    assert found is not None
+    with open_session(found.path, threads=1) as session:
+        texts = [session.detokenize(prompt[1:]) for prompt in prompts_for(found, None, [tmp_path / "*.txt"], 1)]
+    assert texts == ["one 0", "two", *(f"one {number}" for number in range(1, 15))]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from families import save_byte_tokenizer
 
+from edgewright.compress.draft_record import record_for
 from edgewright.errors import BadInput, EdgewrightError, RecipeError
 from edgewright.export.artifact import write_entry
 from edgewright.export.weight_hash import weights_sha256
@@ -146,6 +147,7 @@ def test_an_acceptance_by_another_target_is_not_taken(tmp_path: Path) -> None:
     ):
         write_entry(tmp_path / name, {"made_from": {"sha256": made_from}, "lattice": lattice})
         assert acceptance_of(draft, tmp_path / name)[0] == expected, name
+        assert (record_for(draft, tmp_path / name) is not None) == bool(expected), "pairs are judged by the same rule"
     assert acceptance_of(draft, tmp_path / "strange.gguf") == ((0.62,), None)
 
 

@@ -16,9 +16,8 @@ from markov import MarkovSession, chain
 
 from edgewright.errors import BadInput, EdgewrightError, RecipeError
 from edgewright.export.runtimes.session import Capabilities, Logits
-from edgewright.inventory import ModelFile
 from edgewright.speculate import Speculation, speculate
-from edgewright.speculative.prompts import held_out_prompts, read_prompts
+from edgewright.speculative.prompts import evenly, held_out_prompts, read_prompts
 
 TABLE = chain(60, 3)
 NEAR = TABLE + 0.7 * chain(60, 103)
@@ -55,7 +54,7 @@ class ForgetfulSession(MarkovSession):
 
 @dataclass
 class Bench:
-    """What the two paths open, of which sizes they are, and the vocabulary that each has."""
+    """What the two paths open, of which sizes their weights are, and the vocabulary that each has."""
 
     target: MarkovSession
     draft: MarkovSession
@@ -74,11 +73,8 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Bench:
         bench.opened.append(path.name)
         return bench.target if path.name == "target" else bench.draft
 
-    def described(path: Path) -> ModelFile:
-        return ModelFile(path=path, to="hf", quant=None, bytes=bench.bytes[path.name], gate=None)
-
     monkeypatch.setattr("edgewright.export.runtimes.open_session", opened)
-    monkeypatch.setattr("edgewright.inventory.describe_model", described)
+    monkeypatch.setattr("edgewright.inventory.weight_bytes", lambda path: bench.bytes[path.name])
     monkeypatch.setattr("edgewright.vocabulary.token_table", lambda path: bench.words[path.name])
     return bench
 
@@ -148,6 +144,25 @@ def test_drawn_text(pair: Bench, files: Path) -> None:
     assert one.best.token_identity is None and one.divergences == () and one.to_json()["outside_noise"] is None
     assert one.best.counts == same.best.counts != other.best.counts
     assert greedy.best.counts != one.best.counts
+
+
+def test_plain_decoding_keeps_what_a_session_beside_it_takes_away(
+    pair: Bench, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's threads stop after each run where two sessions take turns; a model alone lets them spin."""
+    alone, sessions = MarkovSession(TABLE, path=Path("target")), [pair.target, pair.draft]
+    shared: list[bool] = []
+
+    def opened(path: Path, *, threads: int | None = None, shares_cores: bool = False) -> MarkovSession:
+        shared.append(shares_cores)
+        return sessions.pop(0) if shares_cores else alone
+
+    monkeypatch.setattr("edgewright.export.runtimes.open_session", opened)
+    monkeypatch.setattr(MarkovSession, "runtime", "onnx")
+    found = speculate("target", "draft", prompts=files / "code.txt", max_new_tokens=8)
+    assert shared == [True, True, False] and found.best.token_identity == 1
+    assert {len(pair.target.appends), len(alone.appends)}.isdisjoint({0})
+    assert all(count == 1 for count, logits in alone.appends if logits == "all"), "it checks no drafts"
 
 
 def test_a_target_without_a_draft(pair: Bench, files: Path) -> None:
@@ -306,6 +321,14 @@ def test_prompts_of_every_kind(tmp_path: Path) -> None:
     assert {prompt.set for prompt in found} == {"all.v2"}
     assert found[2].where == f"{tmp_path / 'all.v2.jsonl'}:5"
     assert [prompt.text for prompt in read_prompts([tmp_path / "*.jsonl"], limit=2)] == ["a", "b"]
+
+
+def test_few_prompts_are_taken_evenly(tmp_path: Path) -> None:
+    for name, count in (("chat", 9), ("code", 2), ("text", 9)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {number}\n" for number in range(count)))
+    taken = [prompt.text for prompt in evenly(read_prompts([tmp_path / "*.txt"]), 7)]
+    assert taken == ["chat 0", "code 0", "text 0", "chat 1", "code 1", "text 1", "chat 2"]
+    assert len(evenly(read_prompts([tmp_path / "*.txt"]), 100)) == 20
 
 
 def test_every_file_is_a_set_with_a_name_of_its_own(tmp_path: Path) -> None:
