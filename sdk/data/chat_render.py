@@ -2,10 +2,10 @@
 
     python -I chat_render.py
 
-One JSON object a line comes in: first `{"template", "variables", "seconds", "characters"}`, then conversations
-`{"messages", "tools"}`. For each a line goes out: `{"text", "spans", "tracked"}` - the characters of the assistant's
-turns - or `{"error", "line"}`, the template's line. The sandbox is Jinja's immutable one; time, output and memory are
-limited. Nothing of edgewright is imported here.
+One JSON object a line comes in: first `{"template", "variables", "special", "seconds", "characters"}`, then
+conversations `{"messages", "tools"}`. For each a line goes out: `{"text", "spans", "tracked"}` - the characters of the
+assistant's turns - or `{"error", "line"}`, the template's line. The sandbox is Jinja's immutable one; time, output and
+memory are limited. Nothing of edgewright is imported here.
 """
 
 from __future__ import annotations
@@ -64,18 +64,19 @@ class Renderer:
     Args:
         template: Jinja.
         variables: such as bos_token.
+        special: the special tokens.
         characters: that a conversation may become.
     """
 
-    def __init__(self, template: str, variables: dict[str, str], characters: int) -> None:
+    def __init__(self, template: str, variables: dict[str, str], special: list[str], characters: int) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: TODAY}
-        self.tracks = "generation" in template
         self.template = environment.from_string(template)
         self.variables = variables
+        self.special = special
         self.characters = characters
 
     def render(self, messages: list[Any], tools: Any, *, prompt: bool) -> str:
@@ -106,12 +107,18 @@ class Renderer:
             before = self.render(messages[:number], tools, prompt=True)
             after = self.render(messages[: number + 1], tools, prompt=False)
             end = _common(text, after)
-            if not text.startswith(before) or end <= len(before):
+            if not text.startswith(before) or end <= len(before) or self._speaks(after[end:]):
                 raise TemplateError(
-                    f"message {number + 1}: the conversation does not begin with the prompt that the model would get, "
-                    "so the turn cannot be found; a template with {% generation %} tells where it is"
+                    f"message {number + 1}: the conversation does not begin with the prompt that the model would get "
+                    "and its answer, so the turn cannot be found; a template with {% generation %} tells where it is"
                 )
             yield len(before), end
+
+    def _speaks(self, rest: str) -> bool:
+        """Whether there is more in it than tokens that end a turn."""
+        for token in self.special:
+            rest = rest.replace(token, "")
+        return bool(rest.strip())
 
 
 def _common(left: str, right: str) -> int:
@@ -155,7 +162,9 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, settings["seconds"])
         try:
             if renderer is None:
-                renderer = Renderer(settings["template"], settings["variables"], settings["characters"])
+                renderer = Renderer(
+                    **{name: settings[name] for name in ("template", "variables", "special", "characters")}
+                )
             request = json.loads(line)
             answer = renderer.conversation(request["messages"], request["tools"])
         except (Exception, MemoryError) as error:  # whatever a template does, the process goes on with the next one

@@ -109,7 +109,13 @@ class ChatTemplate:
         )
         assert process.stdin is not None
         variables = {"bos_token": self.special.bos or "", "eos_token": self.special.eos, "pad_token": self.special.eos}
-        settings = {"template": self.template, "variables": variables, "seconds": SECONDS, "characters": CHARACTERS}
+        settings = {
+            "template": self.template,
+            "variables": variables,
+            "special": list(self.special.texts),
+            "seconds": SECONDS,
+            "characters": CHARACTERS,
+        }
         process.stdin.write(json.dumps(settings) + "\n")
         self._process = process
         return process

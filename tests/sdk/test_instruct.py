@@ -438,6 +438,25 @@ def test_a_turn_that_cannot_be_found_is_refused(tokenizer_dir, tmp_path):
     assert "generation" in str(error.value.found)
 
 
+def test_a_turn_that_reads_otherwise_once_there_is_another_is_refused(tokenizer_dir, tmp_path):
+    """As with Qwen 3, whose last turn has thoughts: of an earlier one no more than what both begin with was learned."""
+    thinking = CHATML.replace("{{ message['content'] | trim }}", "{% if loop.last and message.role == 'assistant' %}"
+                              "<think>\n\n</think>\n\n{% endif %}{{ message['content'] }}")  # fmt: skip
+    turns = [*TWO_TURNS[:2], {"role": "assistant", "content": "<b>Four.</b>"}]
+    whole, learned, _ = one(tmp_path / "one", {"messages": turns}, tokenizer_dir, chat_template=thinking)
+    assert learned == "<think>\n\n</think>\n\n<b>Four.</b><|im_end|>"
+    with pytest.raises(BadInput) as error:
+        prepared(tmp_path, [{"messages": [*turns, *TWO_TURNS[3:]]}] * 2, tokenizer_dir, chat_template=thinking)
+    assert "message 3" in str(error.value.found) and "generation" in str(error.value.found)
+
+
+def test_a_template_that_ends_the_last_turn_alone_may(tokenizer_dir, tmp_path):
+    last = "{% if loop.last and message.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
+    ended = PLAIN.replace("{{ message['content'] }}\n\n", "{{ message['content'] }}" + last)
+    _, learned, _ = one(tmp_path, {"messages": TWO_TURNS[1:]}, tokenizer_dir, chat_template=ended)
+    assert learned == "Four.Seven, of course.</s>"
+
+
 # --- real data ---
 
 
