@@ -228,15 +228,37 @@ def _documents(config: Source, counts: Counts, scratch: Path | None) -> Iterator
 def _check_length(corpus: Corpus, config: Source) -> None:
     for split, stream in ((TRAIN, corpus.train), (HELD_OUT, corpus.held_out)):
         if not stream.sequences(config.sequence_length):
-            raise BadInput(
-                "EW-212",
-                f"the {'held-out' if split == HELD_OUT else 'training'} split is shorter than one sequence",
-                where="data.sequence_length",
-                expected=f"more than {config.sequence_length:,} tokens",
-                found=f"{len(stream):,} tokens in {stream.documents:,} documents",
-                fix="give more text, or lower data.sequence_length"
-                + (", or raise data.held_out" if split == HELD_OUT else ""),
+            more = ", or raise data.held_out" if split == HELD_OUT else ""
+            name = f"the {'held-out' if split == HELD_OUT else 'training'} split"
+            raise (
+                _too_short(name, stream, config, more)
+                if config.layout.running_text
+                else _no_example(name, corpus, more)
             )
+
+
+def _too_short(name: str, stream: TokenStream, config: Source, more: str) -> BadInput:
+    return BadInput(
+        "EW-212",
+        f"{name} is shorter than one sequence",
+        where="data.sequence_length",
+        expected=f"more than {config.sequence_length:,} tokens",
+        found=f"{len(stream):,} tokens in {stream.documents:,} documents",
+        fix=f"give more text, or lower data.sequence_length{more}",
+    )
+
+
+def _no_example(name: str, corpus: Corpus, more: str) -> BadInput:
+    dropped = corpus.report["too_long"] + corpus.report["without_completion"]
+    longer = ", or raise data.sequence_length" if dropped else ""
+    return BadInput(
+        "EW-212",
+        f"{name} has no example",
+        where="data.sequence_length" if dropped else "data.files",
+        expected="at least one",
+        found=f"none; {corpus.report['documents']:,} in all, and {dropped:,} that were too long and dropped",
+        fix=f"give more examples{longer}{more}",
+    )
 
 
 def _report(counts: Counts, splits: dict[Side, dict[str, Any]], encoder: Encoder) -> dict[str, Any]:

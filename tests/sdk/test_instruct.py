@@ -310,6 +310,14 @@ def test_long_examples_are_cut_or_dropped_counted_and_told(tokenizer_dir, tmp_pa
     assert "nothing to do" in again[0]
 
 
+def test_where_all_of_a_split_is_dropped_longer_sequences_are_advised(tokenizer_dir, tmp_path):
+    rows = [*LONG[1:2], *({"prompt": "q", "completion": str(number) * 90} for number in range(9))]
+    with pytest.raises(BadInput) as error:
+        prepared(tmp_path, rows, tokenizer_dir, sequence_length=64, on_long="skip")
+    assert error.value.code == "EW-212" and "9 that were too long" in str(error.value.found)
+    assert "raise data.sequence_length" in error.value.fix and "lower" not in error.value.fix
+
+
 def test_what_would_lose_its_whole_completion_is_dropped(tokenizer_dir, tmp_path):
     rows = [{"prompt": "q" * 80, "completion": "gone"}, *LONG[1:]]
     corpus = prepared(tmp_path, rows, tokenizer_dir, sequence_length=64, on_long="truncate")
