@@ -87,8 +87,8 @@ def export_pair(
             halves.append(made)
         layout.arrange(place, options.gamma)
         windows = has_windows(target) or has_windows(draft)
-        launch = Launch(target=layout.target, draft=layout.draft, gamma=options.gamma, windows=windows)
-        write_launch(to, place, launch)
+        launch = Launch(place=place, target=layout.target, draft=layout.draft, gamma=options.gamma, windows=windows)
+        write_launch(to, launch)
         entry = _entry(place, halves, launch, notes)
         write_entry(place, entry)
         if verify:

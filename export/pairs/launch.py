@@ -19,18 +19,20 @@ NEW_TOKENS = 200
 class Launch:
     """What the texts speak of."""
 
+    place: Path
+    """The bundle."""
     target: str
-    """Where the target lies in the bundle: a folder or a file."""
+    """Where the target lies in it: a folder or a file."""
     draft: str
     gamma: int
     windows: bool
     """Whether one of the models has layers with a sliding window."""
 
 
-def write_launch(to: str, place: Path, launch: Launch) -> None:
-    """Write the launch files of a target into a bundle."""
+def write_launch(to: str, launch: Launch) -> None:
+    """Write the launch files of a target into a bundle whose models are there."""
     for name, text in _FILES[to](launch).items():
-        (place / name).write_text(text, encoding="utf-8")
+        (launch.place / name).write_text(text, encoding="utf-8")
 
 
 def _genai(launch: Launch) -> dict[str, str]:
@@ -60,9 +62,13 @@ print(tokenizer.decode(generator.get_sequence(0)), generator.get_speculative_sta
 
 
 def _openvino(launch: Launch) -> dict[str, str]:
+    from edgewright.export.runtimes.openvino import settings_of
+
+    own, its = (json.dumps(settings_of(launch.place / part)) for part in (launch.target, launch.draft))
     script = f'''"""Continue a prompt with a target and its draft: python launch.py "Once upon a time" {NEW_TOKENS}
 
-Needs: pip install openvino-genai openvino-tokenizers. The target's settings are the draft's as well.
+Needs: pip install openvino-genai openvino-tokenizers. With other settings than these, which the pair was certified
+with, OpenVINO computes in bfloat16 where the processor has it, and rounds the cache to 8 bits.
 """
 
 import sys
@@ -71,9 +77,10 @@ from pathlib import Path
 import openvino_genai
 
 here = Path(__file__).resolve().parent
-settings = {{"INFERENCE_PRECISION_HINT": "f32"}}
-draft = openvino_genai.draft_model(str(here / "{launch.draft}"), "CPU", **settings)
-pipeline = openvino_genai.LLMPipeline(str(here / "{launch.target}"), "CPU", draft_model=draft, **settings)
+target_settings = {own}
+draft_settings = {its}
+draft = openvino_genai.draft_model(str(here / "{launch.draft}"), "CPU", **draft_settings)
+pipeline = openvino_genai.LLMPipeline(str(here / "{launch.target}"), "CPU", draft_model=draft, **target_settings)
 config = pipeline.get_generation_config()
 config.max_new_tokens = int(sys.argv[2]) if len(sys.argv) > 2 else {NEW_TOKENS}
 config.num_assistant_tokens = {launch.gamma}  # or assistant_confidence_threshold, not both
@@ -88,8 +95,8 @@ print(f"accepted {{metrics.get_num_accepted_tokens()}} of {{metrics.get_num_draf
 
 `python launch.py "a prompt" {NEW_TOKENS}` (how many new tokens, which may be left out) runs the two folders
 `{launch.target}/` and `{launch.draft}/`; in your own code:
-`LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))`, and in the generation config
-`num_assistant_tokens = {launch.gamma}`. One text at a time, no beams.
+`LLMPipeline(target, "CPU", draft_model=openvino_genai.draft_model(draft, "CPU"))` with the settings of the script, and
+in the generation config `num_assistant_tokens = {launch.gamma}`. One text at a time, no beams.
 """,
     }
 

@@ -76,7 +76,7 @@ class OpenVinoSession(Session):
             raise _cannot_open(path, error) from error
         self._check_stateful()
         exact = exact or not _holds_codes(self._model)
-        self._settings: dict[str, Any] = dict(EXACT if exact else FAST)
+        self._settings = _settings(exact)
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads
         self._opened: Any = None
@@ -269,6 +269,15 @@ def _counts(metrics: Any, tokens: int) -> Counts:
     """
     accepted = int(metrics.get_num_accepted_tokens())
     return Counts(drafted=int(metrics.get_num_draft_tokens()), accepted=accepted, rounds=tokens - accepted)
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings in which a folder of ours is opened."""
+    return _settings(exact=not _holds_codes(load().Core().read_model(path / "openvino_model.xml")))
+
+
+def _settings(exact: bool) -> dict[str, Any]:
+    return dict(EXACT if exact else FAST)
 
 
 def _holds_codes(model: Any) -> bool:

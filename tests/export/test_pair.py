@@ -24,6 +24,7 @@ from edgewright.export.pairs.bundle import bundle_of
 from edgewright.export.pairs.noise import judged
 from edgewright.export.parity import verify
 from edgewright.export.runtimes import open_session
+from edgewright.export.runtimes.openvino import EXACT
 from edgewright.export.runtimes.pair import PairSession
 from edgewright.export.runtimes.spinning import STOP_SPINNING
 from edgewright.export.weight_hash import weights_sha256
@@ -183,6 +184,8 @@ def test_launch_files_name_what_is_there(bundle: Callable[[str], Artifact], to: 
     if script.exists():
         compile(script.read_text(), str(script), "exec")
     assert script.exists() == (to in ("openvino", "hf"))
+    if to == "openvino":
+        assert all(f'"{key}": "{value}"' in script.read_text() for key, value in EXACT.items()), "as it was certified"
     if to == "gguf":
         assert "--spec-draft-n-max 3" in text and f"-m {parts[0]} -md {parts[1]}" in text
 
