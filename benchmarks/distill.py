@@ -2,6 +2,7 @@
 
     python benchmarks/distill.py [--scale small|tiny|smoke|gpu] [--seeds 2] [--only ROW ...] [--minutes N]
     python benchmarks/distill.py --list | --table
+    python benchmarks/distill.py --teacher DIRECTORY ...  # one that is there already, for all seeds
     python benchmarks/distill.py --step-time      # cached against online, interleaved
     python benchmarks/distill.py --cache-size     # planned against written, 5M tokens
     python benchmarks/distill.py --teacher-memory # 4 bits against bf16
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from common import ROOT, header
@@ -31,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="ROW", choices=[name for name, _, _ in ROWS])
     parser.add_argument("--minutes", type=float, help="stop after so long; the run in progress keeps what it has")
     parser.add_argument("--data", nargs="+", default=[], metavar="PATTERN", help="text files in place of the usual")
+    parser.add_argument("--teacher", type=Path, help="a finished model with the same tokenizer; none is trained")
     parser.add_argument("--work", type=Path, default=ROOT / "build/distill", help="where runs lie")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/distill", help="where results lie")
     parser.add_argument("--list", action="store_true", help="what there is to do, and what is done")
@@ -47,7 +50,8 @@ def parse() -> argparse.Namespace:
 def forwarded(arguments: argparse.Namespace) -> list[str]:
     options = ["--seeds", str(arguments.seeds), "--scale", arguments.scale]
     places = ["--work", str(arguments.work), "--results", str(arguments.results)]
-    return [*options, *places, *(["--data", *arguments.data] if arguments.data else [])]
+    given = ["--teacher", str(arguments.teacher)] if arguments.teacher else []
+    return [*options, *places, *given, *(["--data", *arguments.data] if arguments.data else [])]
 
 
 def chosen(queue: list[Job], names: list[str] | None) -> list[Job]:
@@ -70,7 +74,7 @@ def measurements(arguments: argparse.Namespace, places: Places) -> bool:
 
 def main() -> None:
     arguments = parse()
-    scale = SCALES[arguments.scale]
+    scale = replace(SCALES[arguments.scale], given=str(arguments.teacher.absolute()) if arguments.teacher else "")
     places = Places(
         data=data_section(arguments.data or scale.text),
         work=arguments.work / scale.name,

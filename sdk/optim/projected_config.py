@@ -168,6 +168,8 @@ class GradNormLoRPConfig(ProjectedConfig):
     """GradNormLoRP: normalised weights, GaLore on their directions, Adam on their magnitudes (arXiv 2412.19616)."""
 
     type: Literal["gradnorm_lorp"] = "gradnorm_lorp"
+    rank: Rank = 0.5
+    """Of the projection; a fraction: as a share of each matrix's smaller side. A quarter saves more and learns less."""
     update_proj_gap: int = Field(default=250, gt=0)
     """Optimizer steps between two projections."""
     scale: float = Field(default=0.25, gt=0)
