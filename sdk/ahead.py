@@ -129,6 +129,6 @@ def known_key(recipe: Recipe) -> dict[str, Any]:
 
 
 def _bytes(recipe: Recipe) -> float:
-    """Of the corpus on disk; without end where the files do not tell."""
-    sizes = [entry[1] for entry in recipe.data.fingerprint() if isinstance(entry, list) and isinstance(entry[1], int)]
-    return sum(sizes) if sizes else float("inf")
+    """Of the corpus; without end where the files do not tell."""
+    size = recipe.data.text_bytes()
+    return float("inf") if size is None else size

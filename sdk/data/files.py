@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from edgewright.data.reading import TextFormat, file_kind, read_file
+from edgewright.data.reading import TextFormat, file_kind, read_file, text_bytes
 from edgewright.data.source import Source
 from edgewright.data.text import RawDocument
 from edgewright.errors import BadInput
@@ -43,6 +43,9 @@ class FilesData(Source):
             status = path.stat()
             entries.append([name, status.st_size, status.st_mtime_ns])
         return entries
+
+    def text_bytes(self) -> int:
+        return text_bytes([path for _, path in find(self._patterns, self.key)])
 
     def documents(self) -> Iterator[RawDocument]:
         form = TextFormat(text_key=self.text_key, separator=self.separator)

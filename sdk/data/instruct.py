@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from edgewright.data.chat_template import NONCHARACTERS, ChatTemplate, Rendered, find_template
 from edgewright.data.examples import ExampleLayout
 from edgewright.data.files import Pattern, find
-from edgewright.data.reading import read_records
+from edgewright.data.reading import read_records, text_bytes
 from edgewright.data.source import Source
 from edgewright.data.text import RawDocument, Segment
 from edgewright.data.tokenizer import END_OF_TEXT, PretrainedTokenizer, SpecialTokens, special_tokens
@@ -70,6 +70,9 @@ class InstructData(Source):
         if self.chat_template_path is not None:
             entries.append(["chat template", hashlib.sha256(self.chat_template_path.read_bytes()).hexdigest()])
         return entries
+
+    def text_bytes(self) -> int:
+        return text_bytes([path for _, path in find(self._patterns)])
 
     def special(self) -> SpecialTokens:
         """The special tokens of the tokenizer, which may not be there yet."""

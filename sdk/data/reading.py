@@ -7,15 +7,17 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from edgewright.data.text import CHUNK_BYTES, RawDocument
 from edgewright.errors import BadInput
 
+HEAD_BYTES, HEADS = 1 << 22, 16
+"""So much of so many compressed files is read to tell how far they expand."""
 LINE_BYTES = 1 << 26
 """A line of JSON is parsed whole, so it may not be longer than this."""
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"%PDF", b"PK\x03\x04", b"\x7fELF", b"\x1f\x8b", b"\xfd7zXZ", b"GGUF",
@@ -33,6 +35,7 @@ class TextFormat:
     """What stands between two documents of a .txt file."""
 
 
+T = TypeVar("T")
 Opener = Callable[[IO[bytes]], Iterator[bytes]]
 Reader = Callable[[Iterator[bytes], Path, str, TextFormat], Iterator[RawDocument]]
 
@@ -68,6 +71,37 @@ def file_kind(path: Path) -> tuple[Opener, Reader]:
             fix="rename or convert the file, or narrow data.files so that it is left out",
         )
     return opener, READERS[suffix]
+
+
+def text_bytes(paths: Sequence[Path]) -> int:
+    """Bytes of some files once decompressed; of compressed ones by how far the beginnings of the first ones expand.
+
+    Raises:
+        BadInput: EW-205 for a damaged compressed file, EW-206 when a file cannot be read.
+    """
+    sizes = {path: path.stat().st_size for path in paths}
+    packed = [path for path in paths if path.suffix.lower() in _OPENERS]
+    total = sum(size for path, size in sizes.items() if path not in set(packed))
+    heads = {path: sizes[path] * _expansion(path) for path in packed[:HEADS]}
+    total += round(sum(heads.values()))
+    rest = sum(sizes[path] for path in packed[HEADS:])
+    return total + (round(rest * sum(heads.values()) / sum(sizes[path] for path in heads)) if rest else 0)
+
+
+def _expansion(path: Path) -> float:
+    """Bytes of text for a byte of a compressed file, from its beginning."""
+    opener = _OPENERS[path.suffix.lower()]
+
+    def places(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+        for chunk in opener(file):
+            yield len(chunk), file.tell()
+
+    text, read, size = 0, 0, path.stat().st_size
+    for length, read in _guarded(path, places):
+        text += length
+        if text >= HEAD_BYTES and read < size:  # what was read is decompressed to its end where nothing comes after it
+            break
+    return text / max(read, 1)
 
 
 def _looks_binary(head: bytes) -> bool:
@@ -134,8 +168,8 @@ def _zst(file: IO[bytes]) -> Iterator[bytes]:
 _OPENERS: dict[str, Opener] = {".gz": _gz, ".xz": _xz, ".zst": _zst}
 
 
-def _guarded(path: Path, opener: Opener) -> Iterator[bytes]:
-    """The bytes of a file, with damage and refusals turned into messages that name it."""
+def _guarded(path: Path, opener: Callable[[IO[bytes]], Iterator[T]]) -> Iterator[T]:
+    """What an opener makes of a file, with damage and refusals turned into messages that name it."""
     try:
         with path.open("rb") as file:
             yield from opener(file)

@@ -44,6 +44,11 @@ class Source(BaseModel, ABC):
             BadInput: EW-203 when there is nothing there.
         """
 
+    def text_bytes(self) -> int | None:
+        """Bytes of the text, about; None where the files do not tell. Markup such as JSON's is counted as well."""
+        sizes = [entry[1] for entry in self.fingerprint() if isinstance(entry, list) and isinstance(entry[1], int)]
+        return sum(sizes) if sizes else None
+
     def complete_tokenizer(self, directory: Path) -> None:  # noqa: B027 - an optional hook
         """Put beside the tokenizer's files what the recipe says of them."""
 

@@ -178,14 +178,9 @@ def _guessed(recipe: Recipe, vocab_size: int) -> _Text:
     from edgewright.planner.disk import bytes_per_token
 
     each = bytes_per_token(vocab_size)
-    tokens = int(_file_bytes(recipe) / each * (1 - recipe.data.held_out))
+    tokens = int((recipe.data.text_bytes() or 0) / each * (1 - recipe.data.held_out))
     note = f"tokens are guessed from the files' size, at {each:.1f} bytes each: there is no tokenizer yet"
     return _Text(tokens=tokens, batches=None, notes=(note,))
-
-
-def _file_bytes(recipe: Recipe) -> int:
-    entries = recipe.data.fingerprint()
-    return sum(entry[1] for entry in entries if isinstance(entry, list) and isinstance(entry[1], int))
 
 
 def _read(recipe: Recipe) -> _Text:
@@ -213,7 +208,7 @@ def _read(recipe: Recipe) -> _Text:
     stream = TokenStream(tokens=np.concatenate([np.zeros(0, np.int64), *parts]), documents=documents, bytes=size)
     notes = () if whole else ("the text is counted in a part of it, and the rest taken to be like it",)
     training = sizes[0] if all(sizes) else sum(sizes) * (1 - recipe.data.held_out)  # else the end is held out
-    share = 1.0 if whole else max(1.0, _file_bytes(recipe) / size)
+    share = 1.0 if whole else max(1.0, (recipe.data.text_bytes() or 0) / size)
     return _Text(
         tokens=max(int(training * share) - 1, 0),
         batches=_batches(recipe, stream, encoder.start_id, encoder.eos_id),

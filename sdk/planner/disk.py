@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgewright.data import HfData
 from edgewright.data.files import find
+from edgewright.data.reading import text_bytes
 
 if TYPE_CHECKING:
     from edgewright.planner.cached import CachePlan
@@ -93,8 +94,7 @@ def _checkpoints(recipe: Recipe, stages: dict[str, StagePlan], files: int) -> di
 def _shards(recipe: Recipe, vocab_size: int) -> int:
     if isinstance(recipe.data, HfData):
         return 0
-    sizes = [entry[1] for entry in recipe.data.fingerprint() if isinstance(entry, list) and isinstance(entry[1], int)]
-    return int(sum(sizes) / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
+    return int((recipe.data.text_bytes() or 0) / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
 
 
 def _texts(recipe: Recipe, vocab_size: int) -> Iterator[int]:
@@ -102,7 +102,7 @@ def _texts(recipe: Recipe, vocab_size: int) -> Iterator[int]:
     for stage in recipe.stages:
         if stage.type == "text":
             patterns = (stage.files,) if isinstance(stage.files, str) else stage.files
-            size = sum(path.stat().st_size for _, path in find(patterns, f"stages.{stage.name}.files"))
+            size = text_bytes([path for _, path in find(patterns, f"stages.{stage.name}.files")])
             yield int(size / bytes_per_token(vocab_size) * (2 if vocab_size <= 2**16 else 4))
 
 

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.data import reading
-from edgewright.data.reading import TextFormat, read_file
+from edgewright.data.files import FilesData
+from edgewright.data.reading import TextFormat, read_file, text_bytes
 from edgewright.data.text import RawDocument
 from edgewright.errors import BadInput
 
@@ -51,6 +52,24 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a.b.txt{suffix}"
     file.write_bytes(COMPRESSIONS[suffix](text.encode()))
     assert documents(file) == {file.name: text}
+
+
+@pytest.mark.parametrize("suffix", ["", *COMPRESSIONS])
+@pytest.mark.parametrize("files", [1, 3])
+def test_the_bytes_of_compressed_text(tmp_path: Path, suffix: str, files: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where they are few, told from the beginnings of the first files where they are many."""
+    monkeypatch.setattr(reading, "HEADS", 2)
+    text = "".join(f"{number * 7919 % 10007} " for number in range(1_000_000)).encode()
+    assert len(text) > reading.HEAD_BYTES
+    paths = [tmp_path / f"{number}.txt{suffix}" for number in range(files)]
+    for path in paths:
+        path.write_bytes(COMPRESSIONS.get(suffix, bytes)(text))
+    assert text_bytes(paths) == pytest.approx(files * len(text), rel=0.03)
+    short, empty = tmp_path / f"short.txt{suffix}", tmp_path / f"empty.txt{suffix}"
+    short.write_bytes(COMPRESSIONS.get(suffix, bytes)(text[:3000]))
+    empty.write_bytes(COMPRESSIONS.get(suffix, bytes)(b""))
+    assert text_bytes([short, empty]) == 3000
+    assert FilesData(files=f"{tmp_path}/?.txt{suffix}").text_bytes() == text_bytes(paths)
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from edgewright.plan import plan
 from edgewright.planner.cached import plan_cache
 from edgewright.planner.cases import case, stage_models
 from edgewright.planner.devices import find_device
+from edgewright.planner.disk import _shards
 from edgewright.planner.memory import predict
 from edgewright.recipe import load_recipe
 
@@ -62,6 +64,18 @@ def test_the_plan_of_a_recipe_tells_them_and_counts_them(taught: Path) -> None:
     assert [cache["name"] for cache in found["caches"]] == ["drawn", "most"]
     assert found["disk_parts"]["caches"] == sum(cache["bytes"] for cache in found["caches"])
     assert "different tokens in 30 draws, by the teacher" in found["caches"][0]["notes"][-1]
+
+
+def test_compressed_text_is_planned_as_the_text_that_it_holds(taught: Path) -> None:
+    sizes = []
+    for suffix, compress in (("", bytes), (".xz", lzma.compress)):
+        file = taught / f"whole.py{suffix}"
+        file.write_bytes(compress(b"".join(path.read_bytes() for path in sorted((taught / "corpus").glob("*.py")))))
+        recipe = load_recipe(
+            taught / "tiny.yaml", [f"data.files={file}", "data.tokenizer={type: train, vocab_size: 300}"]
+        )
+        sizes.append((plan_cache(recipe, caches(recipe)["drawn"], 300).tokens, _shards(recipe, 300)))
+    assert sizes[0] == sizes[1] and min(sizes[0]) > 10_000
 
 
 def test_what_is_not_known_is_said(taught: Path) -> None:
