@@ -253,9 +253,7 @@ def export(
     gamma: Annotated[int | None, typer.Option(help="Tokens that the draft proposes in a round; 4 by default.")] = None,
     prompts: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Prompts that the pair is certified on, 16 evenly from all files; may be given several times."
-        ),
+        typer.Option(help="Prompts that the pair is certified on, 16 evenly from all files; may be given again."),
     ] = None,
     threads: Threads = None,
     as_json: Json = False,

@@ -79,13 +79,15 @@ def text_bytes(paths: Sequence[Path]) -> int:
     Raises:
         BadInput: EW-205 for a damaged compressed file, EW-206 when a file cannot be read.
     """
-    sizes = {path: path.stat().st_size for path in paths}
-    packed = [path for path in paths if path.suffix.lower() in _OPENERS]
-    total = sum(size for path, size in sizes.items() if path not in set(packed))
-    heads = {path: sizes[path] * _expansion(path) for path in packed[:HEADS]}
-    total += round(sum(heads.values()))
-    rest = sum(sizes[path] for path in packed[HEADS:])
-    return total + (round(rest * sum(heads.values()) / sum(sizes[path] for path in heads)) if rest else 0)
+    plain, packed = 0, []
+    for path in paths:
+        if path.suffix.lower() in _OPENERS:
+            packed.append(path)
+        else:
+            plain += path.stat().st_size
+    sizes = [path.stat().st_size for path in packed]
+    heads = sum(size * _expansion(path) for path, size in zip(packed[:HEADS], sizes, strict=False))
+    return plain + round(heads * sum(sizes) / max(1, sum(sizes[:HEADS])))
 
 
 def _expansion(path: Path) -> float:
